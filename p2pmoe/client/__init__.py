@@ -1,0 +1,1 @@
+"""What a trainer does: find, call, mix."""

@@ -1,0 +1,116 @@
+"""What the client needs of an expert directory, and what it knows about an expert once it has asked a provider.
+
+`experts.ExpertDirectory` is the real one; `StaticDirectory` serves fixed providers, for tests and for swarms without
+a DHT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from p2pmoe.errors import DecodeError
+from p2pmoe.experts.directory import Children, ExpertRecord, Provider
+from p2pmoe.experts.uid import UidPattern, parse_uid
+from p2pmoe.protocol.nested import nested_flatten
+from p2pmoe.protocol.schema import BatchTensorProto, schema_digest, schema_from_json
+from p2pmoe.types import PeerId
+
+
+class Directory(Protocol):
+    """Where experts are found."""
+
+    def cached_prefix(self, prefix: str) -> Children | None:
+        """Children of a prefix if they are known and fresh; no I/O, any thread."""
+
+    async def get_prefixes(self, prefixes: Sequence[str]) -> Mapping[str, Children]:
+        """Children of each prefix, from the network where they are not cached."""
+
+    async def find_providers(self, uid: str) -> tuple[Provider, ...]:
+        """Who hosts a uid."""
+
+    async def find_experts(self, pattern: str) -> list[ExpertRecord]:
+        """Every (uid, provider) that a pattern matches."""
+
+    def mark_unreachable(self, peer_id: PeerId, for_s: float) -> None:
+        """Leave this peer out of every answer for a while; any thread."""
+
+    def mark_reachable(self, peer_id: PeerId) -> None:
+        """Forget that."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInfo:
+    """Schemas of an expert, as its provider states them and as their digest proves."""
+
+    forward_schema: Any
+    outputs_schema: Any
+    inputs: tuple[BatchTensorProto, ...]
+    outputs: tuple[BatchTensorProto, ...]
+    schema_digest: str
+
+    @classmethod
+    def from_json(cls, document: Any, *, expected_digest: str) -> ExpertInfo:
+        """From the answer of a provider. Raises DecodeError, also when the digest is not the announced one."""
+        if not isinstance(document, dict):
+            raise DecodeError(f"an info document must be an object, got {type(document).__name__}")
+        forward = schema_from_json(document.get("forward_schema"))
+        outputs = schema_from_json(document.get("outputs_schema"))
+        if not (isinstance(forward, tuple) and len(forward) == 2 and isinstance(forward[0], tuple)):
+            raise DecodeError("forward_schema must be a pair of positional and keyword arguments")
+        digest = schema_digest(forward, outputs)
+        if digest != expected_digest:
+            raise DecodeError(f"the schema's digest is {digest}, the directory announced {expected_digest}")
+        return cls(forward, outputs, nested_flatten(forward), nested_flatten(outputs), digest)
+
+
+class StaticDirectory:
+    """Fixed providers. Peers marked unreachable stay out until they are marked reachable."""
+
+    def __init__(self, providers: Mapping[str, Iterable[Provider]]) -> None:
+        self._providers = {uid: tuple(each) for uid, each in providers.items()}
+        self._unreachable: set[PeerId] = set()
+
+    def __repr__(self) -> str:
+        return f"<StaticDirectory: {len(self._providers)} experts>"
+
+    def cached_prefix(self, prefix: str) -> Children | None:
+        """See `Directory`."""
+        children: dict[int, tuple[Provider, ...]] = {}
+        for uid in self._providers:
+            if uid.startswith(prefix):
+                coordinate, _, below = uid[len(prefix) :].partition(".")
+                live = self._live(uid)
+                children[int(coordinate)] = children.get(int(coordinate), ()) + (live if not below else live[:1])
+        return {coordinate: providers for coordinate, providers in children.items() if providers}
+
+    async def get_prefixes(self, prefixes: Sequence[str]) -> dict[str, Children]:
+        """See `Directory`."""
+        return {prefix: self.cached_prefix(prefix) or {} for prefix in prefixes}
+
+    async def find_providers(self, uid: str) -> tuple[Provider, ...]:
+        """See `Directory`."""
+        parse_uid(uid)
+        return self._live(uid)
+
+    async def find_experts(self, pattern: str) -> list[ExpertRecord]:
+        """See `Directory`."""
+        parsed = UidPattern.parse(pattern)
+        return [
+            ExpertRecord(uid, each.peer_id, each.endpoint, each.schema_digest, each.expires_at, 0.0)
+            for uid in sorted(self._providers)
+            if parsed.matches(uid)
+            for each in self._live(uid)
+        ]
+
+    def mark_unreachable(self, peer_id: PeerId, for_s: float) -> None:
+        """See `Directory`."""
+        self._unreachable.add(peer_id)
+
+    def mark_reachable(self, peer_id: PeerId) -> None:
+        """See `Directory`."""
+        self._unreachable.discard(peer_id)
+
+    def _live(self, uid: str) -> tuple[Provider, ...]:
+        return tuple(each for each in self._providers.get(uid, ()) if each.peer_id not in self._unreachable)

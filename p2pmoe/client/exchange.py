@@ -1,0 +1,299 @@
+"""Sends calls from any thread in as few HTTP exchanges as possible and collects their results.
+
+A `CallGroup` is what one caller waits for: a call, or all calls of a mixture's pass. Groups submitted while the loop
+was busy share an exchange when they are small and go to the same node. Knows frames and endpoints; nothing of
+experts' names, gradients or the DHT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from p2pmoe.errors import ClosedError, DeadlineError, DecodeError, P2PMoEError, PeerUnreachableError
+from p2pmoe.protocol.frames import EncodedFrame, Frame, describe_tensors, encode_frame
+from p2pmoe.protocol.messages import RequestHeader, RequestParameters, ResponseHeader, new_call_id
+from p2pmoe.protocol.schema import BatchTensorProto, format_tensor
+from p2pmoe.rpc.base import Flat, Transport
+from p2pmoe.types import Endpoint, Pass
+
+_MERGE_BYTES = 1024 * 1024  # groups are merged into one exchange up to this size
+_MERGE_CALLS = 256
+_LINGER_S = 2.0
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call to one expert at one node, encoded."""
+
+    id: str
+    endpoint: Endpoint
+    uid: str
+    frame: EncodedFrame
+    expected: tuple[BatchTensorProto, ...]
+    rows: int
+    result: Flat | P2PMoEError | None = None
+    group: CallGroup | None = None
+    position: int = 0
+
+    def check(self, header: ResponseHeader) -> None:
+        """That a reply has the tensors that were asked for, before memory is allocated. Raises DecodeError."""
+        received = tuple((tensor.datatype, tensor.shape) for tensor in header.outputs)
+        expected = tuple((proto.datatype, (self.rows, *proto.shape)) for proto in self.expected)
+        if header.code == 200 and received != expected:
+            shown = ", ".join(format_tensor(shape, datatype[:16]) for datatype, shape in received[:16])
+            wanted = ", ".join(format_tensor(shape, datatype) for datatype, shape in expected)
+            raise DecodeError(f"{self.uid} at {self.endpoint} answered ({shown}) instead of ({wanted})")
+        if header.code != 200 and received:
+            raise DecodeError(f"{self.uid} at {self.endpoint} answered an error with tensors")
+
+
+def make_call(
+    endpoint: Endpoint,
+    uid: str,
+    direction: Pass,
+    tensors: Sequence[torch.Tensor],
+    protos: Sequence[BatchTensorProto],
+    expected: tuple[BatchTensorProto, ...],
+    *,
+    timeout_s: float,
+    call_id: str | None = None,
+) -> Call:
+    """Encode one call; `tensors` in wire order with the schemas `protos`, `expected` those of the result."""
+    headers, memories = describe_tensors(tensors, [proto.codec for proto in protos])
+    call_id = call_id or new_call_id()
+    header = RequestHeader(
+        id=call_id,
+        model_name=uid,
+        inputs=headers,
+        parameters=RequestParameters(direction=direction, timeout_ms=timeout_s * 1e3),
+    )
+    return Call(call_id, endpoint, uid, encode_frame(header, memories), expected, len(tensors[0]))
+
+
+class CallGroup:
+    """Calls that one caller waits for together.
+
+    Args:
+        calls: what to send.
+        enough: told the position of every call that succeeded; True once the rest need not be waited for longer
+            than `grace_s`. None waits for all.
+    """
+
+    def __init__(
+        self, calls: Sequence[Call], *, enough: Callable[[int], bool] | None = None, grace_s: float | None = None
+    ) -> None:
+        self.calls = list(calls)
+        for position, call in enumerate(self.calls):
+            call.group, call.position = self, position
+        self._enough = enough
+        self._grace_s = grace_s
+        self._missing = len(self.calls)
+        self._grace: asyncio.TimerHandle | None = None
+        self._gate = threading.Lock()  # held until the caller may go on: the cheapest one-shot event there is
+        self._gate.acquire()
+        self._opened = False
+        self._notify: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<CallGroup: {self._missing} of {len(self.calls)} calls unanswered>"
+
+    # -- on the loop
+
+    def complete(self, call: Call, result: Flat | P2PMoEError, loop: asyncio.AbstractEventLoop) -> None:
+        """One call has its result."""
+        call.result = result
+        self._missing -= 1
+        if not self._missing:
+            self.open()
+        elif self._enough is not None and not isinstance(result, P2PMoEError) and self._enough(call.position):
+            self._enough = None
+            if self._grace_s is not None:
+                self._grace = loop.call_later(self._grace_s, self.open)
+
+    def open(self) -> None:
+        """Let the caller go on."""
+        if self._opened:
+            return
+        self._opened = True
+        if self._grace is not None:
+            self._grace.cancel()
+        self._gate.release()
+        if self._notify is not None:
+            self._notify()
+
+    # -- for the caller
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until every call is answered, the grace is over, or `timeout_s` has passed."""
+        self._gate.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
+
+    async def wait_async(self, timeout_s: float) -> None:
+        """The same from a coroutine of any loop."""
+        loop = asyncio.get_running_loop()
+        opened = loop.create_future()
+
+        def set_opened() -> None:
+            if not opened.done():
+                opened.set_result(None)
+
+        def notify() -> None:
+            with contextlib.suppress(RuntimeError):  # the caller's loop is closed
+                loop.call_soon_threadsafe(set_opened)
+
+        self._notify = notify
+        if not self._opened:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await opened
+
+    def results(self, timeout_s: float) -> list[Flat | P2PMoEError]:
+        """What is there now; a DeadlineError stands for each missing answer."""
+        return [
+            DeadlineError(f"{call.uid} at {call.endpoint} did not answer within {timeout_s:.3g} s")
+            if call.result is None
+            else call.result
+            for call in self.calls
+        ]
+
+
+class Dispatcher:
+    """Puts groups on the wire. `submit` and `abandon` may be called from any thread."""
+
+    def __init__(self, transport: Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._queue: deque[CallGroup] = deque()
+        self._scheduled = False
+        self._exchanges: dict[asyncio.Task[None], dict[str, Call]] = {}
+        self._closed = False
+        self.exchanges = 0
+        """HTTP exchanges begun."""
+        self.calls = 0
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher: {self.exchanges} exchanges, {self.calls} calls, {len(self._exchanges)} running>"
+
+    def submit(self, group: CallGroup) -> None:
+        """Send the group's calls: one exchange for each node. Raises ClosedError after close."""
+        if self._closed:
+            raise ClosedError("the swarm is closed; make a new Swarm")
+        self._queue.append(group)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon_threadsafe(self._flush)
+
+    def abandon(self, group: CallGroup) -> None:
+        """Nobody waits for the rest of this group any more."""
+        if any(call.result is None for call in group.calls) and not self._closed:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._abandon, group)
+
+    async def close(self) -> None:
+        """End every exchange; waiting callers get PeerUnreachableError."""
+        self._closed = True
+        self._flush()
+        for task in list(self._exchanges):
+            task.cancel()
+        if self._exchanges:
+            await asyncio.wait(list(self._exchanges), timeout=2.0)
+
+    # -- on the loop
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        open_batches: dict[Endpoint, list[Call]] = {}
+        sizes: dict[Endpoint, int] = {}
+        while self._queue:
+            for endpoint, calls in _by_endpoint(self._queue.popleft().calls).items():
+                size = sum(call.frame.nbytes for call in calls)
+                batch = open_batches.get(endpoint)
+                merges = batch is not None and sizes[endpoint] + size <= _MERGE_BYTES
+                if batch is None or not merges or len(batch) + len(calls) > _MERGE_CALLS:
+                    if batch is not None:
+                        self._start(endpoint, batch)
+                    batch = open_batches[endpoint] = []
+                    sizes[endpoint] = 0
+                batch.extend(calls)
+                sizes[endpoint] += size
+        for endpoint, batch in open_batches.items():
+            self._start(endpoint, batch)
+
+    def _start(self, endpoint: Endpoint, calls: list[Call]) -> None:
+        self.exchanges += 1
+        self.calls += len(calls)
+        waiting = {call.id: call for call in calls}
+        task = self._loop.create_task(self._run(endpoint, calls, waiting))
+        self._exchanges[task] = waiting
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._exchanges[task]
+
+    async def _run(self, endpoint: Endpoint, calls: list[Call], waiting: dict[str, Call]) -> None:
+        reason: P2PMoEError = PeerUnreachableError(f"{endpoint} ended the exchange without answering every call")
+        try:
+            frames = [call.frame for call in calls]
+            replies = self._transport.exchange(endpoint, frames, lambda header: self._inspect(waiting, header))
+            async with contextlib.aclosing(replies):
+                while waiting and (frame := await anext(replies, None)) is not None:
+                    self._receive(waiting, frame)
+                if not waiting:
+                    # Read the end of the body, so that the connection can serve the next exchange.
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_LINGER_S):
+                            await anext(replies, None)
+        except P2PMoEError as error:
+            reason = error
+        except asyncio.CancelledError:
+            reason = PeerUnreachableError(f"the exchange with {endpoint} was cancelled")
+        finally:
+            for call in list(waiting.values()):
+                self._finish(waiting, call, reason)
+
+    def _inspect(self, waiting: dict[str, Call], header: ResponseHeader) -> bool:
+        call = waiting.get(header.id)
+        if call is None:
+            return False
+        try:
+            call.check(header)
+        except DecodeError as error:
+            self._finish(waiting, call, error)
+            return False
+        return True
+
+    def _receive(self, waiting: dict[str, Call], frame: Frame[ResponseHeader]) -> None:
+        call = waiting.get(frame.header.id)
+        if call is None:
+            return
+        try:
+            frame.header.raise_for_error()
+        except P2PMoEError as error:
+            self._finish(waiting, call, error)
+        else:
+            self._finish(waiting, call, frame.tensors)
+
+    def _finish(self, waiting: dict[str, Call], call: Call, result: Flat | P2PMoEError) -> None:
+        waiting.pop(call.id, None)
+        if call.group is not None:
+            call.group.complete(call, result, self._loop)
+
+    def _abandon(self, group: CallGroup) -> None:
+        for call in group.calls:
+            call.group = None
+        for task, waiting in list(self._exchanges.items()):
+            if waiting and all(call.group is None for call in waiting.values()):
+                task.cancel()
+
+
+def _by_endpoint(calls: Sequence[Call]) -> dict[Endpoint, list[Call]]:
+    grouped: dict[Endpoint, list[Call]] = {}
+    for call in calls:
+        grouped.setdefault(call.endpoint, []).append(call)
+    return grouped

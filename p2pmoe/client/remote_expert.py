@@ -1,0 +1,282 @@
+"""One expert somewhere in the swarm as a module: arguments go out, gradients come back, the expert is trained.
+
+Knows schemas and autograd; leaves sockets, batching and threads to the swarm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from p2pmoe.client.directory import ExpertInfo
+from p2pmoe.client.exchange import CallGroup, make_call
+from p2pmoe.client.swarm import Swarm
+from p2pmoe.errors import (
+    DeadlineError,
+    DrainingError,
+    ExpertNotFoundError,
+    OverloadedError,
+    P2PMoEError,
+    PeerUnreachableError,
+    SchemaError,
+    UnknownExpertError,
+)
+from p2pmoe.experts.directory import Provider
+from p2pmoe.experts.uid import parse_uid
+from p2pmoe.protocol.messages import new_call_id
+from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_pack
+from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tensor
+from p2pmoe.rpc.base import Flat
+from p2pmoe.types import Pass
+
+_TRY_ANOTHER = (PeerUnreachableError, DrainingError, UnknownExpertError, OverloadedError)
+_PAUSE_S = 0.2  # before the round of providers is tried again
+
+
+class RemoteExpert(nn.Module):
+    """A module whose work is done by the providers of one uid.
+
+    Args:
+        swarm: the swarm to call through.
+        uid: e.g. "ffn.3.17".
+        forward_timeout_s, backward_timeout_s: how long one pass may take, other providers included.
+
+    Calling it raises:
+        SchemaError: the arguments do not fit the expert's schema; nothing was sent.
+        ExpertNotFoundError, PeerUnreachableError, DeadlineError: nobody answered.
+        CallError: the node refused or failed; see `p2pmoe.errors`.
+    """
+
+    def __init__(
+        self, swarm: Swarm, uid: str, *, forward_timeout_s: float = 60.0, backward_timeout_s: float = 60.0
+    ) -> None:
+        super().__init__()
+        self.swarm, self.uid = swarm, uid
+        self._prefix, self._suffix = parse_uid(uid).prefix, parse_uid(uid).suffix
+        self.forward_timeout_s = forward_timeout_s
+        self.backward_timeout_s = backward_timeout_s
+        self._info: ExpertInfo | None = None
+
+    def __repr__(self) -> str:
+        if self._info is None:
+            return f"<RemoteExpert {self.uid}>"
+        return f"<RemoteExpert {self.uid}: {format_schema(self._info.inputs)} -> {format_schema(self._info.outputs)}>"
+
+    @property
+    def info(self) -> ExpertInfo:
+        """The expert's schemas, asked from a provider on first use."""
+        if self._info is None:
+            self._info = self.swarm.run(self._fetch_info())
+        return self._info
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the expert; [B, …] tensors in the structure of its schema, outputs in the structure of its outputs."""
+        info = self.info
+        tensors = check_arguments(self.uid, info, args, kwargs)
+        outputs = self._call("forward", tensors, info.inputs, info.outputs, self.forward_timeout_s)
+        return nested_pack(self._attach(outputs, tensors), info.outputs_schema)
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """The same from a coroutine of any loop; the loop stays free while the expert computes."""
+        if self._info is None:
+            self._info = await self.swarm.run_async(self._fetch_info())
+        info = self._info
+        tensors = check_arguments(self.uid, info, args, kwargs)
+        outputs = await self._call_async("forward", tensors, info.inputs, info.outputs, self.forward_timeout_s)
+        return nested_pack(self._attach(outputs, tensors), info.outputs_schema)
+
+    def call_backward(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> Flat:
+        """One backward pass: trains the expert, gives the gradients of every input. Flat, in wire order."""
+        info = self.info
+        return self._call(
+            "backward",
+            (*inputs, *gradients),
+            info.inputs + info.outputs,
+            info.inputs,
+            self.backward_timeout_s,
+        )
+
+    # -- private
+
+    async def _fetch_info(self) -> ExpertInfo:
+        return await self.swarm.expert_info(self.uid, await self.swarm.find_providers(self.uid))
+
+    def _attach(self, outputs: Flat, tensors: Flat) -> Flat:
+        device = tensors[0].device
+        outputs = tuple(output.to(device) for output in outputs)
+        if not torch.is_grad_enabled() or not len(tensors[0]):
+            return outputs
+        attached: Flat = _RemoteCall.apply(  # type: ignore[no-untyped-call]
+            _always_differentiable(), self, outputs, *tensors
+        )
+        return attached
+
+    def _call(
+        self,
+        direction: Pass,
+        tensors: Flat,
+        protos: tuple[BatchTensorProto, ...],
+        expected: tuple[BatchTensorProto, ...],
+        timeout_s: float,
+    ) -> Flat:
+        if not len(tensors[0]):
+            return tuple(proto.make_zeros(0) for proto in expected)
+        provider = self._cached_provider()
+        if provider is None:
+            return self.swarm.run(self._call_providers(direction, tensors, protos, expected, timeout_s), timeout_s + 1)
+        started = time.monotonic()
+        call_id = new_call_id()
+        group = self._group(provider, direction, tensors, protos, expected, timeout_s, call_id)
+        self.swarm.call(group, timeout_s)
+        result = group.results(timeout_s)[0]
+        if not isinstance(result, P2PMoEError):
+            return result
+        self.swarm.note_failure(provider, result)
+        left_s = timeout_s - (time.monotonic() - started)
+        if not isinstance(result, _TRY_ANOTHER) or left_s <= 0:
+            raise result
+        return self.swarm.run(
+            self._call_providers(direction, tensors, protos, expected, left_s, call_id, result), left_s + 1
+        )
+
+    async def _call_async(
+        self,
+        direction: Pass,
+        tensors: Flat,
+        protos: tuple[BatchTensorProto, ...],
+        expected: tuple[BatchTensorProto, ...],
+        timeout_s: float,
+    ) -> Flat:
+        if not len(tensors[0]):
+            return tuple(proto.make_zeros(0) for proto in expected)
+        work = self._call_providers(direction, tensors, protos, expected, timeout_s)
+        return await self.swarm.run_async(work, timeout_s + 1)
+
+    async def _call_providers(
+        self,
+        direction: Pass,
+        tensors: Flat,
+        protos: tuple[BatchTensorProto, ...],
+        expected: tuple[BatchTensorProto, ...],
+        timeout_s: float,
+        call_id: str | None = None,
+        last: P2PMoEError | None = None,
+    ) -> Flat:
+        """Ask one provider after the other until one answers or the time is up. On the swarm's loop.
+
+        The call keeps its id: a provider that has applied this backward already repeats its answer.
+        """
+        deadline = time.monotonic() + timeout_s
+        call_id = call_id or new_call_id()
+        while True:
+            for provider in await self._find_providers(last):
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    break
+                group = self._group(provider, direction, tensors, protos, expected, left_s, call_id)
+                await self.swarm.call_async(group, left_s)
+                result = group.results(left_s)[0]
+                if not isinstance(result, P2PMoEError):
+                    return result
+                self.swarm.note_failure(provider, result)
+                if not isinstance(result, _TRY_ANOTHER):
+                    raise result
+                last = result
+            pause_s = max(_PAUSE_S, getattr(last, "retry_after_s", None) or 0.0)
+            if time.monotonic() + pause_s >= deadline or not isinstance(last, OverloadedError):
+                raise last or DeadlineError(f"{self.uid} did not answer within {timeout_s:.3g} s")
+            await asyncio.sleep(pause_s)
+
+    async def _find_providers(self, last: P2PMoEError | None) -> tuple[Provider, ...]:
+        try:
+            return await self.swarm.find_providers(self.uid)
+        except ExpertNotFoundError:
+            if last is None:
+                raise
+            return ()  # the error that took the last provider out says more
+
+    def _cached_provider(self) -> Provider | None:
+        children = self.swarm.directory.cached_prefix(self._prefix)
+        providers = children.get(self._suffix) if children else None
+        return providers[0] if providers else None
+
+    def _group(
+        self,
+        provider: Provider,
+        direction: Pass,
+        tensors: Flat,
+        protos: tuple[BatchTensorProto, ...],
+        expected: tuple[BatchTensorProto, ...],
+        timeout_s: float,
+        call_id: str,
+    ) -> CallGroup:
+        call = make_call(
+            provider.endpoint, self.uid, direction, tensors, protos, expected, timeout_s=timeout_s, call_id=call_id
+        )
+        return CallGroup([call])
+
+
+class _RemoteCall(torch.autograd.Function):
+    """Puts outputs that were computed elsewhere into the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, expert: RemoteExpert, outputs: Flat, *inputs: torch.Tensor) -> Flat:
+        ctx.expert = expert
+        ctx.save_for_backward(*inputs)
+        ctx.outputs = [(output.shape, output.dtype, output.device) for output in outputs]
+        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        filled = [
+            torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient.to(dtype)
+            for gradient, (shape, dtype, device) in zip(gradients, ctx.outputs, strict=True)
+        ]
+        inputs = ctx.saved_tensors
+        results = ctx.expert.call_backward(inputs, filled)
+        wanted = [
+            result.to(tensor.device) if needed else None
+            for result, tensor, needed in zip(results, inputs, ctx.needs_input_grad[3:], strict=True)
+        ]
+        return None, None, None, *wanted
+
+
+def _always_differentiable() -> torch.Tensor:
+    """Autograd skips a Function none of whose inputs need a gradient; the expert must be trained all the same."""
+    return torch.empty(0, requires_grad=True)
+
+
+def check_arguments(uid: str, info: ExpertInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flat:
+    """Arguments as flat tensors in wire order; floating ones cast to the schema's dtype. Raises SchemaError."""
+    if not nested_compare((args, kwargs), info.forward_schema):
+        given = ", ".join([*(["…"] * len(args)), *(f"{key}=…" for key in kwargs)])
+        raise SchemaError(
+            f"{uid} takes positional {format_schema(info.forward_schema[0])} and keywords "
+            f"{sorted(info.forward_schema[1])}; it was called as ({given})"
+        )
+    flat = nested_flatten((args, kwargs))
+    tensors = tuple(
+        _cast(uid, index, value, proto) for index, (value, proto) in enumerate(zip(flat, info.inputs, strict=True))
+    )
+    rows = {len(tensor) for tensor in tensors}
+    if len(rows) != 1:
+        raise SchemaError(f"{uid}: all tensors must have the same batch size, got {[len(each) for each in tensors]}")
+    return tensors
+
+
+def _cast(uid: str, index: int, value: Any, proto: BatchTensorProto) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise SchemaError(f"{uid}: argument {index} must be a tensor {proto}, got {type(value).__name__}")
+    both_floating = value.is_floating_point() and proto.dtype.is_floating_point
+    if value.ndim == 0 or tuple(value.shape[1:]) != proto.shape or not (value.dtype == proto.dtype or both_floating):
+        got = format_tensor(tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        raise SchemaError(f"{uid}: argument {index} must be {proto}, got {got}")
+    return value.to(proto.dtype)

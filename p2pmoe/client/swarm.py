@@ -1,0 +1,253 @@
+"""A trainer's end of the swarm: its event loop thread, its DHT node in client mode, its connections.
+
+The composition root of the client side: it alone builds the parts that remote experts and mixtures call through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from p2pmoe.client.directory import Directory, ExpertInfo
+from p2pmoe.client.exchange import CallGroup, Dispatcher
+from p2pmoe.config import DHTConfig
+from p2pmoe.dht.node import DHTNode
+from p2pmoe.errors import (
+    ClosedError,
+    DeadlineError,
+    DrainingError,
+    ExpertNotFoundError,
+    P2PMoEError,
+    PeerUnreachableError,
+)
+from p2pmoe.experts.directory import ExpertDirectory, ExpertRecord, Provider
+from p2pmoe.experts.uid import parse_uid
+from p2pmoe.identity import Identity
+from p2pmoe.rpc.base import Transport
+from p2pmoe.rpc.http.client import HttpTransport
+from p2pmoe.types import WIRE_VERSION
+
+if TYPE_CHECKING:
+    from p2pmoe.client.remote_expert import RemoteExpert
+
+T = TypeVar("T")
+UNREACHABLE_S = 5.0  # how long a peer that did not answer is left out of searches; the next failure renews it
+
+
+class Swarm:
+    """Find and call experts. Use as `with Swarm(...) as swarm:`, or `start()` and `close()`.
+
+    Works from plain synchronous code, beside a running event loop (a notebook), and with `async with`.
+
+    Args:
+        initial_peers: `HOST:PORT` of DHT nodes; any one that answers is enough.
+        identity: the key that this client signs with; a fresh one by default.
+        swarm_id: which swarm's records to read.
+        directory, transport: replace the DHT and HTTP, e.g. by `StaticDirectory` and `MemoryTransport` in tests.
+        timeout_s: how long finding experts may take.
+
+    Raises:
+        BootstrapError: none of the initial peers answered (from `start`).
+    """
+
+    def __init__(
+        self,
+        initial_peers: Sequence[str] = (),
+        *,
+        identity: Identity | None = None,
+        swarm_id: str = "p2pmoe",
+        dht_config: DHTConfig | None = None,
+        directory: Directory | None = None,
+        transport: Transport | None = None,
+        timeout_s: float = 10.0,
+    ) -> None:
+        self._dht: DHTNode | None = None
+        if directory is None:
+            config = dht_config or DHTConfig(initial_peers=tuple(initial_peers), swarm_id=swarm_id)
+            self._dht = DHTNode(identity or Identity.generate(), config, client_mode=True)
+            directory = ExpertDirectory(self._dht)
+        self.directory: Directory = directory
+        self.timeout_s = timeout_s
+        self._transport = transport
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._infos: dict[str, ExpertInfo] = {}
+        self._starting = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Swarm: {self._dispatcher or 'not started'}>"
+
+    # -- life
+
+    def start(self) -> None:
+        """Start the loop thread and join the DHT; called by `with`. Safe to call twice."""
+        with self._starting:
+            if self._loop is not None:
+                return
+            if self._dht is not None:
+                self._dht.start()
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="p2pmoe-swarm", daemon=True)
+            self._thread.start()
+            self._transport = self._transport or HttpTransport()
+            self._dispatcher = Dispatcher(self._transport, self._loop)
+
+    def close(self) -> None:
+        """End running calls, leave the DHT, stop the thread. Safe to call twice."""
+        with self._starting:
+            loop, self._loop = self._loop, None
+            if loop is None or self._thread is None:
+                return
+            closing = asyncio.run_coroutine_threadsafe(self._close(), loop)
+            try:
+                closing.result(timeout=5.0)
+            finally:
+                loop.call_soon_threadsafe(loop.stop)
+                self._thread.join(timeout=5.0)
+                if not self._thread.is_alive():
+                    loop.close()
+                if self._dht is not None:
+                    self._dht.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        await asyncio.get_running_loop().run_in_executor(None, self.start)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self.close)
+
+    # -- finding
+
+    def expert(self, uid: str, **options: Any) -> RemoteExpert:
+        """A module that calls one expert; options are those of `RemoteExpert`. Raises InvalidUidError."""
+        from p2pmoe.client.remote_expert import RemoteExpert
+
+        return RemoteExpert(self, str(parse_uid(uid)), **options)
+
+    def find_experts(self, pattern: str) -> list[ExpertRecord]:
+        """Every expert and provider that a uid, prefix or glob matches, e.g. "ffn.*". Raises InvalidUidError."""
+        return self.run(self.directory.find_experts(pattern))
+
+    async def find_experts_async(self, pattern: str) -> list[ExpertRecord]:
+        """`find_experts` from a coroutine of any loop."""
+        return await self.run_async(self.directory.find_experts(pattern))
+
+    async def find_providers(self, uid: str) -> tuple[Provider, ...]:
+        """Live providers of a uid. Raises ExpertNotFoundError when there is none. On the swarm's loop."""
+        providers = await self.directory.find_providers(uid)
+        if not providers:
+            raise ExpertNotFoundError(
+                f"no live provider of {uid} is known; "
+                f"run `p2pmoe lookup '{uid.rpartition('.')[0]}.*'` to see who is there"
+            )
+        return providers
+
+    async def expert_info(self, uid: str, providers: Sequence[Provider]) -> ExpertInfo:
+        """The schemas of an expert, asked once for each digest. On the swarm's loop."""
+        last: P2PMoEError | None = None
+        for provider in providers:
+            known = self._infos.get(provider.schema_digest)
+            if known is not None:
+                return known
+            path = f"/p2pmoe/v{WIRE_VERSION}/experts/{uid}"
+            try:
+                document = await self.transport.get_json(provider.endpoint, path)
+                info = ExpertInfo.from_json(document, expected_digest=provider.schema_digest)
+            except P2PMoEError as error:
+                self.note_failure(provider, error)
+                last = error
+            else:
+                self._infos[provider.schema_digest] = info
+                return info
+        raise last or ExpertNotFoundError(f"no live provider of {uid} is known")
+
+    def note_failure(self, provider: Provider, error: P2PMoEError) -> None:
+        """A peer that cannot be reached is left out of searches for a while."""
+        if isinstance(error, (PeerUnreachableError, DeadlineError, DrainingError)):
+            self.directory.mark_unreachable(provider.peer_id, UNREACHABLE_S)
+
+    # -- calling
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """Raises ClosedError before `start` and after `close`."""
+        if self._dispatcher is None or self._loop is None:
+            raise ClosedError("the swarm is not open; use it as `with p2pmoe.Swarm(...) as swarm:`")
+        return self._dispatcher
+
+    @property
+    def transport(self) -> Transport:
+        """Raises ClosedError before `start`."""
+        if self._transport is None:
+            raise ClosedError("the swarm is not open; use it as `with p2pmoe.Swarm(...) as swarm:`")
+        return self._transport
+
+    def call(self, group: CallGroup, timeout_s: float) -> None:
+        """Send a group and block until it is done or `timeout_s` has passed."""
+        dispatcher = self.dispatcher
+        dispatcher.submit(group)
+        try:
+            group.wait(timeout_s)
+        finally:
+            dispatcher.abandon(group)
+
+    async def call_async(self, group: CallGroup, timeout_s: float) -> None:
+        """`call` from a coroutine of any loop."""
+        dispatcher = self.dispatcher
+        dispatcher.submit(group)
+        try:
+            await group.wait_async(timeout_s)
+        finally:
+            dispatcher.abandon(group)
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+        """Run a coroutine on the swarm's loop and block for its result. Raises DeadlineError."""
+        return self._schedule(coroutine, timeout_s).result()
+
+    async def run_async(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+        """`run` from a coroutine of any loop."""
+        return await asyncio.wrap_future(self._schedule(coroutine, timeout_s))
+
+    # -- private
+
+    def _schedule(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None) -> Future[T]:
+        loop = self._loop
+        if loop is None:
+            coroutine.close()
+            raise ClosedError("the swarm is not open; use it as `with p2pmoe.Swarm(...) as swarm:`")
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise ClosedError("a blocking call from the swarm's own loop would never end; await the async form")
+        return asyncio.run_coroutine_threadsafe(_bounded(coroutine, timeout_s or self.timeout_s), loop)
+
+    async def _close(self) -> None:
+        if self._dispatcher is not None:
+            await self._dispatcher.close()
+        if self._transport is not None:
+            await self._transport.close()
+
+
+async def _bounded(coroutine: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await coroutine
+    except TimeoutError as error:
+        if isinstance(error, P2PMoEError):
+            raise
+        raise DeadlineError(f"no answer from the swarm within {timeout_s:.3g} s") from error

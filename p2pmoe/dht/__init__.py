@@ -1,0 +1,1 @@
+"""The Kademlia node: signed, expiring records."""

@@ -1,0 +1,119 @@
+"""Runs a look-up over the protocol: sends what the state machine asks for, feeds it what comes back.
+
+The place of kademlia's `SpiderCrawl`. No rules of its own: `lookup.py` decides whom to ask and `harvest.py`
+what to believe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from functools import partial
+from typing import Final
+
+from p2pmoe.dht.calls import Call, Delay
+from p2pmoe.dht.harvest import Harvest, PageRequest
+from p2pmoe.dht.lookup import Lookup
+from p2pmoe.dht.protocol import DatagramProtocol
+from p2pmoe.protocol.datagrams import Contact, Found, Page, Paged, Reply, Request
+
+ALPHA: Final = 5
+DEADLINE_S: Final = 5.0
+WANT_CONTACTS: Final = 12
+
+
+class Crawl:
+    """One look-up under way on the event loop, with or without gathering the key's records."""
+
+    def __init__(
+        self,
+        protocol: DatagramProtocol,
+        key: bytes,
+        seeds: Iterable[Contact],
+        *,
+        width: int,
+        alpha: int = ALPHA,
+        want: int = WANT_CONTACTS,
+        harvest: Harvest | None = None,
+        quick: bool = False,
+    ) -> None:
+        self.key = key
+        self.harvest = harvest
+        table = protocol.table
+        self.lookup = Lookup(int.from_bytes(key, "big"), (), width=width, alpha=alpha, own_id=table.own_id)
+        for contact in seeds:
+            known = table.get(contact.node_id)
+            self.lookup.add(contact, doubtful=known is not None and known.misses > 0)
+        self._protocol = protocol
+        self._quick = quick
+        self._message = protocol.find_message
+        self._want = want
+        self._pages: set[Call] = set()
+        self._loop = asyncio.get_running_loop()
+        self._finished: asyncio.Future[None] = self._loop.create_future()
+
+    async def run(self, deadline_s: float = DEADLINE_S) -> list[Contact]:
+        """The nodes nearest to the key that answered, nearest first; what was found by the deadline at the latest."""
+        try:
+            self._advance()
+            async with asyncio.timeout(deadline_s):
+                await self._finished
+        except TimeoutError:
+            pass
+        finally:
+            self._finished.cancel()
+            for call in self._pages:
+                self._protocol.book.cancel(call)
+        # Requests to nodes that are late go on: whether they are missed is the table's business.
+        return self.lookup.nearest()
+
+    def _advance(self) -> None:
+        if self._finished.done():
+            return
+        if self._quick and self.harvest is not None and self.harvest.agreed():
+            self._finished.set_result(None)
+            return
+        for contact in self.lookup.next_to_ask():
+            self._protocol.call(
+                contact,
+                self._message(self.key, self._want),
+                partial(self._answered, contact),
+                partial(self._delayed, contact),
+            )
+        is_reading = self.harvest is not None and self.harvest.is_reading
+        # A call that could not be queued has answered within the loop above.
+        if self.lookup.done and not is_reading and not self._finished.done():
+            self._finished.set_result(None)
+
+    def _answered(self, contact: Contact, reply: Reply | None) -> None:
+        if self._finished.done():
+            return
+        if isinstance(reply, Found):
+            self.lookup.answered(contact, self._protocol.contacts_in(reply, contact.host))
+            if self.harvest is not None:
+                self._ask_pages(self.harvest.found(contact, reply, self._protocol.now()), reply.digest)
+        else:
+            self.lookup.failed(contact)
+        self._advance()
+
+    def _delayed(self, contact: Contact, delay: Delay) -> None:
+        if not self._finished.done():
+            (self.lookup.late if delay is Delay.LATE else self.lookup.slow)(contact)
+            self._advance()
+
+    def _ask_pages(self, requests: list[PageRequest], digest: bytes) -> None:
+        for contact, index in requests:
+
+            def make(call_id: bytes, sender: bytes, token: bytes, index: int = index) -> Request:
+                return Page(call_id, sender, token, self.key, index)
+
+            call = self._protocol.call(contact, make, partial(self._paged, contact, digest, index))
+            if call is not None:
+                self._pages.add(call)
+
+    def _paged(self, contact: Contact, digest: bytes, index: int, reply: Reply | None) -> None:
+        if self._finished.done() or self.harvest is None:
+            return
+        page = reply if isinstance(reply, Paged) else None
+        self._ask_pages(self.harvest.paged(contact, digest, index, page, self._protocol.now()), digest)
+        self._advance()

@@ -1,0 +1,436 @@
+"""A DHT node to hold: starts, joins, puts, gets, closes. Its event loop runs on its own thread, away from torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Final, Self, TypeVar
+
+import msgspec
+
+from p2pmoe.config import DHTConfig
+from p2pmoe.dht.addresses import bind, client_host, resolve
+from p2pmoe.dht.loop_thread import LoopThread
+from p2pmoe.dht.observations import Observations
+from p2pmoe.dht.server import SwarmServer
+from p2pmoe.dht.state_file import load_state, save_state
+from p2pmoe.errors import BootstrapError, PeerUnreachableError
+from p2pmoe.identity import Identity
+from p2pmoe.protocol.datagrams import Address
+from p2pmoe.protocol.records import Record, key_of, sign_record
+from p2pmoe.types import PeerId, format_host_port
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+MAINTAIN_EVERY_S: Final = 10.0
+FIRST_RETRY_S: Final = 0.25
+LAST_RETRY_S: Final = 10.0
+LOG_EVERY_S: Final = 30.0
+FEW_PEERS: Final = 3
+MAX_CONCURRENT_PUTS: Final = 16
+MAX_CONCURRENT_GETS: Final = 16
+CLOCK_WARNING_S: Final = 10.0
+
+
+class DHTStats(msgspec.Struct, frozen=True):
+    """A snapshot of a node's DHT. Counters count from the start; sizes are in bytes, times in seconds."""
+
+    peer_id: str
+    address: str
+    client_mode: bool
+    peers: int
+    joined: bool
+    records: int
+    keys: int
+    record_bytes: int
+    lookups: int
+    repairs: int
+    datagrams_in: int
+    datagrams_out: int
+    bytes_in: int
+    bytes_out: int
+    timeouts: int
+    malformed: int
+    over_budget: int
+    records_refused: int
+    calls_under_way: int
+    observed_host: str | None
+    clock_offset_s: float | None
+
+
+class DHTNode:
+    """One node of the DHT. `put`, `get` and `stats` may be used from any thread and any event loop.
+
+    Args:
+        identity: Whose records it signs; its node id is the identity's.
+        config: The `[dht]` section.
+        client_mode: Reads and writes, but answers nobody and is in nobody's table.
+        clock: Seconds since 1970, by which records are judged.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        config: DHTConfig | None = None,
+        *,
+        client_mode: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.identity = identity
+        self.config = config or DHTConfig()
+        self.client_mode = client_mode
+        self.clock = clock
+        self.server = SwarmServer(
+            identity.node_id,
+            self.config.swarm_id,
+            client_mode=client_mode,
+            clock=clock,
+            source_bytes_per_s=self.config.max_source_bytes_per_s,
+        )
+        self.observations = Observations()
+        self._thread = LoopThread(f"p2pmoe-dht-{identity.peer_id[:8]}")
+        self._address: Address | None = None
+        self._ipv6 = False
+        self._sequence = 0
+        self._saved_peers: tuple[Address, ...] = ()
+        self._last_logged = -LOG_EVERY_S
+        self._joined = False
+        self._started = False
+
+    # --- life -------------------------------------------------------------------------------------------------
+
+    def start(self, *, wait_for_peers: bool = True) -> None:
+        """Bind, start the thread, join. Blocks until the node has joined, `join_timeout_s` at most.
+
+        Args:
+            wait_for_peers: Whether it is an error when initial peers are configured and none answers in time.
+                If not, the node goes on trying in the background.
+
+        Raises:
+            AddressInUseError: the port is taken or not allowed.
+            ConfigError: the host or an initial peer is no address.
+            BootstrapError: no initial peer answered.
+        """
+        if self._started:
+            raise RuntimeError("a DHTNode is started once; make a new one")
+        self._started = True
+        self._load_state()
+        host = client_host(self.config.initial_peers) if self._binds_for_peers() else self.config.host
+        sock = bind(host, self.config.port)
+        self._ipv6 = sock.family == socket.AF_INET6
+        self._address = sock.getsockname()[:2]
+        try:
+            self._thread.start(
+                lambda ready, stopping: self._main(sock, ready, stopping, wait_for_peers=wait_for_peers),
+                timeout_s=self.config.join_timeout_s + 10,
+            )
+        except BaseException:
+            sock.close()
+            raise
+
+    async def astart(self, *, wait_for_peers: bool = True) -> None:
+        """`start` without blocking the caller's loop."""
+        try:
+            await asyncio.to_thread(self.start, wait_for_peers=wait_for_peers)
+        except asyncio.CancelledError:
+            await asyncio.to_thread(self.close)
+            raise
+
+    def close(self) -> None:
+        """End the thread and close the socket, within seconds. Idempotent; calls under way raise ClosedError."""
+        self._thread.stop()
+
+    async def aclose(self) -> None:
+        """`close` without blocking the caller's loop."""
+        await asyncio.to_thread(self.close)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        await self.astart()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    # --- who and where ----------------------------------------------------------------------------------------
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.identity.peer_id
+
+    @property
+    def address(self) -> Address:
+        """The bound host and port. Raises RuntimeError before `start`."""
+        if self._address is None:
+            raise RuntimeError("the DHT node has no address before start()")
+        return self._address
+
+    @property
+    def dht_address(self) -> str:
+        """What others pass as --initial-peers."""
+        host, port = self.address
+        if self.config.announce_host:
+            host = self.config.announce_host
+        elif host in {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
+            host = self.observations.host or ("::1" if host == "::" else "127.0.0.1")
+        return format_host_port(host, port)
+
+    @property
+    def peer_count(self) -> int:
+        """Contacts in the routing table."""
+        return len(self.server.table)
+
+    # --- records ----------------------------------------------------------------------------------------------
+
+    async def put(self, prefix: str, values: Mapping[int, bytes] | Sequence[bytes], ttl_s: float | None = None) -> int:
+        """Sign `values` (by part, each at most 900 bytes) and hand them to the nodes nearest to the prefix's key.
+
+        Args:
+            prefix: Names the key, with the swarm's id.
+            values: Part number to value, or the values of parts 0, 1, …
+            ttl_s: How long they live; `config.ttl_s` when it is left out. At most an hour.
+
+        Returns:
+            How many nodes hold them, this one included.
+
+        Raises:
+            EncodeError: a value is too long or a part too high.
+            BootstrapError: no peer is known.
+            PeerUnreachableError: nobody took them.
+            ClosedError: the node is not running.
+        """
+        parts = dict(values) if isinstance(values, Mapping) else dict(enumerate(values))
+        return await self.call(lambda: self._put(prefix, parts, ttl_s))
+
+    async def put_many(self, values: Mapping[str, Mapping[int, bytes]], ttl_s: float | None = None) -> dict[str, int]:
+        """`put` for many prefixes at once; a prefix that nobody took counts 0 and raises nothing."""
+        return await self.call(lambda: self._put_many(values, ttl_s))
+
+    async def get(self, prefix: str, *, quick: bool = False) -> list[Record]:
+        """The live records under a prefix's key, signatures checked: the newest of every signer and part.
+
+        Args:
+            prefix: Names the key, with the swarm's id.
+            quick: Stop when two holders agree, instead of merging what the eight nearest hold.
+
+        Raises:
+            BootstrapError: no peer is known.
+            ClosedError: the node is not running.
+        """
+        return await self.call(lambda: self._get(prefix, quick=quick))
+
+    async def call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Await `make()` on the DHT's loop, from any loop. Cancelling cancels it. Raises ClosedError."""
+        return await self._thread.call(make)
+
+    def submit(self, make: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Start `make()` on the DHT's loop, from any thread. It is cancelled on `close`. Raises ClosedError."""
+        return self._thread.submit(make)
+
+    def stats(self) -> DHTStats:
+        """A snapshot; thread-safe and without waiting."""
+        server, store = self.server, self.server.storage
+        counters = server.protocol.counters if server.protocol else None
+        return DHTStats(
+            peer_id=self.peer_id,
+            address=format_host_port(*self._address) if self._address else "",
+            client_mode=self.client_mode,
+            peers=self.peer_count,
+            joined=self._joined,
+            records=len(store),
+            keys=store.key_count,
+            record_bytes=store.size,
+            lookups=server.lookups,
+            repairs=server.repairs,
+            datagrams_in=counters.datagrams_in if counters else 0,
+            datagrams_out=counters.datagrams_out if counters else 0,
+            bytes_in=counters.bytes_in if counters else 0,
+            bytes_out=counters.bytes_out if counters else 0,
+            timeouts=counters.timeouts if counters else 0,
+            malformed=counters.malformed if counters else 0,
+            over_budget=counters.over_budget if counters else 0,
+            records_refused=counters.records_refused if counters else 0,
+            calls_under_way=len(server.protocol.book) if server.protocol else 0,
+            observed_host=self.observations.host,
+            clock_offset_s=self.observations.clock_offset_s,
+        )
+
+    # --- on the DHT's loop ------------------------------------------------------------------------------------
+
+    async def _main(
+        self, sock: socket.socket, ready: Callable[[], None], stopping: asyncio.Event, *, wait_for_peers: bool
+    ) -> None:
+        self._puts = asyncio.Semaphore(MAX_CONCURRENT_PUTS)
+        self._gets = asyncio.Semaphore(MAX_CONCURRENT_GETS)
+        await self.server.open(sock)
+        self.server.protocol.on_seen = self._on_seen
+        upkeep: asyncio.Task[None] | None = None
+        try:
+            if self._wants_peers():
+                await self._first_join(wait_for_peers=wait_for_peers)
+            upkeep = asyncio.create_task(self._upkeep())
+            ready()
+            await stopping.wait()
+        finally:
+            if upkeep is not None:
+                upkeep.cancel()
+                await asyncio.gather(upkeep, return_exceptions=True)
+            self._save_state()
+            await self.server.close()
+
+    async def _first_join(self, *, wait_for_peers: bool) -> None:
+        deadline = asyncio.get_running_loop().time() + self.config.join_timeout_s
+        delay_s = FIRST_RETRY_S
+        while not await self._join(deadline):
+            left_s = deadline - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                if wait_for_peers and self.config.initial_peers:
+                    raise BootstrapError(self._no_peers())
+                self._log_no_peers()
+                return
+            await asyncio.sleep(min(delay_s, left_s))
+            delay_s *= 2
+
+    async def _join(self, deadline: float) -> bool:
+        try:
+            async with asyncio.timeout_at(deadline):
+                addresses = await resolve(self.config.initial_peers, ipv6=self._ipv6, timeout_s=2.0)
+                saved = [peer for peer in self._saved_peers if self._ipv6 or ":" not in peer[0]]
+                self._joined = await self.server.bootstrap([*dict.fromkeys([*addresses, *saved])]) > 0
+        except TimeoutError:
+            # The look-up of ourselves may be cut short; a contact in the table is what counts.
+            self._joined = self.peer_count > 0
+        return self._joined
+
+    async def _upkeep(self) -> None:
+        retry_s = FIRST_RETRY_S
+        while True:
+            lonely = self._wants_peers() and self.peer_count < FEW_PEERS
+            if self.peer_count == 0 and self._wants_peers():
+                pause_s = retry_s
+                retry_s = min(2 * retry_s, LAST_RETRY_S)
+            else:
+                pause_s, retry_s = MAINTAIN_EVERY_S, FIRST_RETRY_S
+            # Jitter, so that nodes that lost the same peer do not come back in step.
+            await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))  # noqa: S311
+            try:
+                if lonely and not await self._join(asyncio.get_running_loop().time() + self.config.join_timeout_s):
+                    self._log_no_peers()
+                await self.server.maintain()
+                self._save_state()
+            except Exception:
+                log.exception("DHT upkeep failed; trying again in %.0f s", MAINTAIN_EVERY_S)
+
+    async def _put(self, prefix: str, parts: Mapping[int, bytes], ttl_s: float | None) -> int:
+        self._require_peers()
+        async with self._puts:
+            key = key_of(self.config.swarm_id, prefix)
+            now = self.clock()
+            expires_at_ms = int((now + (self.config.ttl_s if ttl_s is None else ttl_s)) * 1000)
+            records = [
+                sign_record(
+                    self.identity,
+                    key,
+                    value,
+                    part=part,
+                    sequence=self._next_sequence(now),
+                    expires_at_ms=expires_at_ms,
+                )
+                for part, value in parts.items()
+            ]
+            taken = await self.server.set(key, records)
+        if not taken:
+            raise PeerUnreachableError(
+                f"none of the nodes nearest to {prefix!r} took the record; is this machine's clock right, and are "
+                f"peers reachable? `p2pmoe doctor` checks both"
+            )
+        return taken
+
+    async def _put_many(self, values: Mapping[str, Mapping[int, bytes]], ttl_s: float | None) -> dict[str, int]:
+        self._require_peers()
+
+        async def put(prefix: str, parts: Mapping[int, bytes]) -> int:
+            try:
+                return await self._put(prefix, parts, ttl_s)
+            except PeerUnreachableError:
+                return 0
+
+        taken = await asyncio.gather(*(put(prefix, parts) for prefix, parts in values.items()))
+        return dict(zip(values, taken, strict=True))
+
+    async def _get(self, prefix: str, *, quick: bool) -> list[Record]:
+        self._require_peers()
+        async with self._gets:
+            return await self.server.get(key_of(self.config.swarm_id, prefix), quick=quick)
+
+    def _next_sequence(self, now: float) -> int:
+        self._sequence = max(int(now * 1e6), self._sequence + 1)
+        return self._sequence
+
+    def _require_peers(self) -> None:
+        if self.peer_count == 0 and (self.client_mode or self.config.initial_peers):
+            raise BootstrapError(self._no_peers())
+
+    def _wants_peers(self) -> bool:
+        return bool(self.config.initial_peers or self._saved_peers)
+
+    def _binds_for_peers(self) -> bool:
+        return self.client_mode and self.config.host == DHTConfig().host
+
+    def _no_peers(self) -> str:
+        peers = ", ".join(self.config.initial_peers) or "none given"
+        return (
+            f"no peer of the DHT answers (initial peers: {peers}); check that a node runs there and that UDP "
+            f"reaches it, or pass another with --initial-peers HOST:PORT"
+        )
+
+    def _log_no_peers(self) -> None:
+        now = time.monotonic()
+        if now - self._last_logged >= LOG_EVERY_S:
+            self._last_logged = now
+            log.warning("%s; trying again in the background", self._no_peers())
+
+    def _on_seen(self, reporter: Address, seen: Address, their_time: float) -> None:
+        self.observations.report(reporter, seen, their_time - self.clock())
+        offset_s = self.observations.clock_offset_s
+        if offset_s is not None and abs(offset_s) > CLOCK_WARNING_S:
+            now = time.monotonic()
+            if now - self._last_logged >= LOG_EVERY_S:
+                self._last_logged = now
+                log.warning(
+                    "this machine's clock is %.0f s off its peers'; records may be refused: set it right", -offset_s
+                )
+
+    def _load_state(self) -> None:
+        if self.config.state_path:
+            state = load_state(Path(self.config.state_path))
+            self._saved_peers, self._sequence = state.peers, state.sequence
+
+    def _save_state(self) -> None:
+        if not self.config.state_path:
+            return
+        peers = [c.address for c in self.server.table if not c.misses] or list(self._saved_peers)
+        try:
+            save_state(Path(self.config.state_path), peers, self._sequence)
+        except OSError as error:
+            log.warning("the DHT's peers cannot be saved to %s: %s", self.config.state_path, error.strerror)
+
+    def __repr__(self) -> str:
+        where = format_host_port(*self._address) if self._address else "not started"
+        mode = ", client" if self.client_mode else ""
+        return (
+            f"<DHTNode {self.peer_id[:8]}… {where}: {self.peer_count} peers, {len(self.server.storage)} records{mode}>"
+        )

@@ -1,0 +1,450 @@
+"""Datagrams in, datagrams out: the DHT's RPCs on a UDP socket. What a record is worth is decided elsewhere.
+
+Takes the place of rpcudp's transport below kademlia's `KademliaProtocol`: an explicit table of messages, replies
+bound to id, address and kind, retransmissions, budgets. Nothing a stranger sends raises out of `datagram_received`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import socket
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kademlia.protocol import KademliaProtocol
+
+from p2pmoe.dht.calls import Call, CallBook, Delay
+from p2pmoe.dht.contacts import ContactTable
+from p2pmoe.dht.store import RecordStore
+from p2pmoe.dht.tokens import AMPLIFICATION, SourceBudgets, WriteTokens, source_of
+from p2pmoe.dht.validation import RecordTrust, status_of
+from p2pmoe.errors import DecodeError, EncodeError, RecordError
+from p2pmoe.protocol.datagrams import (
+    CALL_ID_BYTES,
+    MAX_DATAGRAM_BYTES,
+    Address,
+    Contact,
+    Find,
+    Found,
+    Message,
+    Page,
+    Paged,
+    Ping,
+    Pong,
+    Reply,
+    Request,
+    Status,
+    Store,
+    Stored,
+    decode_datagram,
+    encode_datagram,
+    is_sendable,
+    pack_address,
+    pack_contacts,
+    scope_of,
+    unpack_address,
+    unpack_contacts,
+)
+
+MAX_VERIFY_PINGS: Final = 16
+MAX_TOKENS: Final = 4096
+PADDED_BYTES: Final = MAX_DATAGRAM_BYTES // AMPLIFICATION
+CONTACTS_BESIDE_RECORDS: Final = 8
+MAX_DRAIN: Final = 64
+STALL_S: Final = 0.05
+BAD_SIGNATURE_COST_BYTES: Final = 4096
+"""A wrong signature costs us a tenth of a millisecond; it is charged like this many bytes."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What passed through the socket."""
+
+    datagrams_in: int = 0
+    datagrams_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    malformed: int = 0
+    over_budget: int = 0
+    timeouts: int = 0
+    records_refused: int = 0
+
+
+class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
+    """The RPCs of one node. `sock` is the socket under the transport, read directly to drain it."""
+
+    def __init__(
+        self,
+        *,
+        own_id: bytes,
+        header: bytes,
+        table: ContactTable,
+        store: RecordStore,
+        trust: RecordTrust,
+        budgets: SourceBudgets,
+        clock: Callable[[], float],
+        sock: socket.socket,
+        client_mode: bool = False,
+    ) -> None:
+        super().__init__(table.node, store, table.ksize)
+        self.router = table
+        self.table = table
+        self.store: RecordStore = store
+        self.trust = trust
+        self.counters = Counters()
+        self.book = CallBook()
+        self.client_mode = client_mode
+        self.sock = sock
+        self.transmit: Callable[[bytes, Address], None] = self._transmit
+        """What sends; tests put a bad line in its place."""
+        self.on_seen: Callable[[Address, Address, float], None] | None = None
+        self._own_id = own_id
+        self._sender = b"" if client_mode else own_id
+        self._header = header
+        self._budgets = budgets
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._tokens_given = WriteTokens(self._loop.time())
+        self._tokens_held: OrderedDict[Address, bytes] = OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._verifying: set[Address] = set()
+        self._last_reply_at = 0.0
+        self._closed = False
+        self._maps_v4 = sock.family == socket.AF_INET6
+
+    def __getattr__(self, name: str) -> Any:
+        # rpcudp makes an RPC of every unknown name; here a typo is an error.
+        raise AttributeError(name)
+
+    # --- the socket -------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.close()
+
+    def error_received(self, exc: Exception) -> None:
+        """An ICMP error of some datagram; its call times out by itself."""
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self._receive(data, addr)
+        self._drain()
+
+    def _drain(self) -> int:
+        """Read what waits in the socket now: asyncio reads one datagram per turn of the loop."""
+        count = 0
+        while count < MAX_DRAIN and not self._closed:
+            try:
+                data, addr = self.sock.recvfrom(65_536)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:  # Windows reports an ICMP error of an earlier datagram here
+                count += 1
+                continue
+            count += 1
+            self._receive(data, addr)
+        return count
+
+    def _receive(self, data: bytes, addr: tuple[Any, ...]) -> None:
+        self.counters.datagrams_in += 1
+        self.counters.bytes_in += len(data)
+        address = _normal(addr)
+        try:
+            message = decode_datagram(self._header, data)
+        except DecodeError:
+            self.counters.malformed += 1
+            return
+        if isinstance(message, Pong | Found | Paged | Stored):
+            self._take_reply(message, address)
+        elif not self.client_mode:
+            self._take_request(message, address, len(data))
+
+    def _send(self, datagram: bytes, address: Address) -> None:
+        if self._closed:
+            return
+        self.counters.datagrams_out += 1
+        self.counters.bytes_out += len(datagram)
+        self.transmit(datagram, address)
+
+    def _transmit(self, datagram: bytes, address: Address) -> None:
+        host, port = address
+        if self._maps_v4 and ":" not in host:
+            host = f"::ffff:{host}"
+        # Not through the transport: asyncio closes it for good on the first address that the system refuses.
+        # A datagram that cannot leave is a lost datagram; the call's timer knows what to do.
+        with contextlib.suppress(OSError, ValueError, OverflowError):
+            self.sock.sendto(datagram, (host, port))
+
+    def close(self) -> None:
+        """Stop the timer and fail what is under way."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for call in self.book.cancel_all():
+            call.on_done(None)
+
+    # --- requests of ours -------------------------------------------------------------------------------------
+
+    def call(
+        self,
+        contact: Contact | Address,
+        make: Callable[[bytes, bytes, bytes], Request],
+        on_done: Callable[[Reply | None], None],
+        on_delay: Callable[[Delay], None] | None = None,
+    ) -> Call | None:
+        """Send `make(id, sender, token)` and have the reply, or None after the last timeout, passed to `on_done`.
+
+        A plain address is asked whoever is there. None when too many calls wait already; `on_done` was called.
+        """
+        node_id, address = (contact.node_id, contact.address) if isinstance(contact, Contact) else (None, contact)
+        request = make(secrets.token_bytes(CALL_ID_BYTES), self._sender, self._tokens_held.get(address, b""))
+        call = Call(request, encode_datagram(self._header, request), address, node_id, on_done, on_delay)
+        if self._closed or not self.book.add(call):
+            on_done(None)
+            return None
+        self._start_calls()
+        return call
+
+    async def ask(self, contact: Contact | Address, make: Callable[[bytes, bytes, bytes], Request]) -> Reply | None:
+        """`call`, awaited. None: nobody answered. Cancelling forgets the call."""
+        answer: asyncio.Future[Reply | None] = self._loop.create_future()
+
+        def settle(reply: Reply | None) -> None:
+            if not answer.done():
+                answer.set_result(reply)
+
+        call = self.call(contact, make, settle)
+        try:
+            return await answer
+        finally:
+            if call is not None:
+                self.book.cancel(call)
+
+    def now(self) -> float:
+        """The time that records are judged by, in seconds since 1970."""
+        return self._clock()
+
+    def find_message(self, key: bytes, want: int) -> Callable[[bytes, bytes, bytes], Request]:
+        """A Find, padded when we have no token: the answer may be three times as long."""
+
+        def make(call_id: bytes, sender: bytes, token: bytes) -> Request:
+            padding = b"" if token else bytes(PADDED_BYTES - 70)
+            return Find(call_id, sender, token, key, want, padding)
+
+        return make
+
+    async def call_ping(self, node_to_ask: Contact | Address) -> Pong | None:
+        """Ask whether somebody is there. The padding lets the answer carry our address."""
+        reply = await self.ask(node_to_ask, ping_message)
+        return reply if isinstance(reply, Pong) else None
+
+    async def call_store(self, node_to_ask: Contact, key: bytes, value: list[bytes]) -> list[Status]:
+        """Hand records (raw bytes, together at most one page) to a holder; their statuses, empty when it is silent."""
+
+        def make(call_id: bytes, sender: bytes, token: bytes) -> Request:
+            return Store(call_id, sender, token, key, value)
+
+        for _ in range(2):  # a token that has just been rotated away is replaced by the answer
+            reply = await self.ask(node_to_ask, make)
+            if not isinstance(reply, Stored) or len(reply.statuses) != len(value):
+                return []
+            statuses = [_status(number) for number in reply.statuses]
+            if Status.BAD_TOKEN not in statuses:
+                break
+        return statuses
+
+    def _start_calls(self) -> None:
+        for call in self.book.startable(self._loop.time()):
+            self._send(call.datagram, call.address)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        at = self.book.next_due
+        if at is None or self._closed:
+            return
+        if self._timer is not None:
+            if self._timer_at <= at:
+                return
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = self._loop.call_at(at, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        stall_s = self._loop.time() - self._timer_at
+        # Replies may wait in the socket while the timer is run: read them before anybody is called late.
+        drained = self._drain()
+        if stall_s > STALL_S or drained >= MAX_DRAIN:
+            self.book.postpone(max(stall_s, STALL_S))
+        due = self.book.due(self._loop.time())
+        for call in due.resend:
+            self._send(call.datagram, call.address)
+        for call in due.delayed:
+            if call.on_delay is not None:
+                call.on_delay(call.delay)
+        for call in due.failed:
+            self.counters.timeouts += 1
+            if call.node_id is not None:
+                first_sent_at = (
+                    self._loop.time() - 7 * call.rto_s / 4
+                )  # rto + 2 rto + 4 rto, of which rto_s is the last
+                self.table.missed(
+                    Contact(call.node_id, *call.address), heard_others=self._last_reply_at > first_sent_at
+                )
+            call.on_done(None)
+        self._start_calls()
+
+    def _take_reply(self, reply: Reply, address: Address) -> None:
+        call = self.book.replied(reply, address, self._loop.time())
+        if call is None:
+            self.counters.malformed += 1
+            return
+        self._last_reply_at = self._loop.time()
+        if call.node_id is not None and reply.sender != call.node_id:
+            self.table.forget(Contact(call.node_id, *address))
+            call.on_done(None)
+        else:
+            self._keep_token(address, reply.token)
+            if reply.sender:
+                self.table.heard_from(Contact(reply.sender, *address), self._loop.time())
+            if isinstance(reply, Pong) and self.on_seen is not None:
+                seen = unpack_address(reply.seen)
+                if seen is not None:
+                    self.on_seen(address, seen, reply.time_ms / 1000)
+            call.on_done(reply)
+        self._start_calls()
+
+    def _keep_token(self, address: Address, token: bytes) -> None:
+        self._tokens_held[address] = token
+        self._tokens_held.move_to_end(address)
+        if len(self._tokens_held) > MAX_TOKENS:
+            self._tokens_held.popitem(last=False)
+
+    # --- requests of others -----------------------------------------------------------------------------------
+
+    def _take_request(self, request: Message, address: Address, size: int) -> None:
+        now = self._loop.time()
+        if not self._budgets.spend(source_of(address), size, now):
+            self.counters.over_budget += 1
+            return
+        proven = not isinstance(request, Ping) and self._tokens_given.holds(request.token, address, now)
+        if isinstance(request, Ping):
+            reply: Reply = self._pong(request, address, now)
+        elif isinstance(request, Find):
+            reply = self._found(request, address, now, MAX_DATAGRAM_BYTES if proven else AMPLIFICATION * size)
+        elif isinstance(request, Page):
+            reply = self._paged(request, address, now, proven=proven)
+        elif isinstance(request, Store):
+            reply = self._stored(request, address, now, proven=proven)
+        else:
+            return
+        datagram = encode_datagram(self._header, reply)
+        self._budgets.charge(source_of(address), len(datagram), now)
+        self._send(datagram, address)
+        if request.sender:
+            self._verify(Contact(request.sender, *address))
+
+    def _pong(self, request: Ping, address: Address, now: float) -> Pong:
+        token = self._tokens_given.make(address, now)
+        try:
+            seen = pack_address(*address)
+        except EncodeError:
+            seen = b""
+        return Pong(request.id, self._own_id, token, seen, int(self._clock() * 1000))
+
+    def _found(self, request: Find, address: Address, now: float, limit: int) -> Found:
+        token = self._tokens_given.make(address, now)
+        view = self.store.view(request.key, self._clock())
+        first = list(view.pages[0]) if view.pages and limit >= MAX_DATAGRAM_BYTES else []
+        want = min(request.want, CONTACTS_BESIDE_RECORDS) if first else request.want
+        want = min(want, (limit - 80) // 38)
+        nearest = self.table.closest(int.from_bytes(request.key, "big"), max(0, want) + 1, answering_only=True)
+        contacts = [each.contact for each in nearest if each.id != request.sender][: max(0, want)]
+        v4, v6 = pack_contacts(contacts)
+        return Found(request.id, self._own_id, token, v4, v6, view.digest, view.page_count, first)
+
+    def _paged(self, request: Page, address: Address, now: float, *, proven: bool) -> Paged:
+        token = self._tokens_given.make(address, now)
+        view = self.store.view(request.key, self._clock())
+        if not proven or request.index >= view.page_count:
+            return Paged(request.id, self._own_id, token, b"", 0, [])
+        return Paged(request.id, self._own_id, token, view.digest, view.page_count, list(view.pages[request.index]))
+
+    def _stored(self, request: Store, address: Address, now: float, *, proven: bool) -> Stored:
+        token = self._tokens_given.make(address, now)
+        if not proven:
+            return Stored(request.id, self._own_id, token, bytes([Status.BAD_TOKEN] * len(request.records)))
+        nearer = self.table.count_nearer(int.from_bytes(request.key, "big"))
+        statuses = [self._admit(request.key, raw, address, nearer, now) for raw in request.records]
+        return Stored(request.id, self._own_id, token, bytes(statuses))
+
+    def _admit(self, key: bytes, raw: bytes, address: Address, nearer: int, now: float) -> Status:
+        source = source_of(address)
+        try:
+            self.trust.admit(key, raw, source=source, count_nearer=nearer, now=self._clock())
+        except (RecordError, DecodeError) as error:
+            status = status_of(error)
+            self.counters.records_refused += 1
+            if status is Status.BAD_SIGNATURE:
+                self._budgets.charge(source, BAD_SIGNATURE_COST_BYTES, now)
+            return status
+        return Status.STORED
+
+    def _verify(self, contact: Contact) -> None:
+        """Ping a stranger that asked us something; it enters the table when it answers."""
+        if len(self._verifying) >= MAX_VERIFY_PINGS or contact.address in self._verifying:
+            return
+        if not self.table.wants(contact) or not self.may_send_to(contact, contact.host):
+            return
+        self._verifying.add(contact.address)
+        self.call(contact, ping_message, lambda _: self._verifying.discard(contact.address))
+
+    def may_send_to(self, contact: Contact, told_by: str) -> bool:
+        """False for an address that nobody at `told_by` can reach: no peer makes us poke our own local network."""
+        if not self._maps_v4 and ":" in contact.host:
+            return False
+        return is_sendable(_packed(contact.host)) and scope_of(contact.host) >= scope_of(told_by)
+
+    def contacts_in(self, reply: Found, told_by: str) -> list[Contact]:
+        """The contacts of a reply that may be asked."""
+        try:
+            contacts = unpack_contacts(reply.v4, reply.v6)
+        except DecodeError:
+            self.counters.malformed += 1
+            return []
+        return [contact for contact in contacts if self.may_send_to(contact, told_by)]
+
+    def __repr__(self) -> str:
+        return f"<DatagramProtocol {self.book!r}>"
+
+
+def ping_message(call_id: bytes, sender: bytes, _token: bytes) -> Request:
+    """A Ping; its padding lets the answer carry the address it came from."""
+    return Ping(call_id, sender, bytes(16))
+
+
+def _status(number: int) -> Status:
+    try:
+        return Status(number)
+    except ValueError:
+        return Status.MALFORMED
+
+
+def _packed(host: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+
+
+def _normal(addr: tuple[Any, ...]) -> Address:
+    """`(host, port)` without scope ids and IPv4-mapped forms."""
+    host = str(addr[0]).partition("%")[0]
+    if host.startswith("::ffff:") and "." in host:
+        host = host[7:]
+    return host, int(addr[1])

@@ -1,0 +1,239 @@
+"""The DHT's operations on one event loop: join, get, put, repair, keep the table fresh.
+
+kademlia's `Server` with its look-ups, storage and persistence replaced. Knows no threads and no identity's secrets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from typing import Any, Final
+
+from kademlia.network import Server
+
+from p2pmoe.dht.contacts import BUCKET_SIZE, ContactTable
+from p2pmoe.dht.crawl import ALPHA, Crawl
+from p2pmoe.dht.harvest import Harvest
+from p2pmoe.dht.protocol import DatagramProtocol, ping_message
+from p2pmoe.dht.store import RecordStore
+from p2pmoe.dht.tokens import SourceBudgets
+from p2pmoe.dht.validation import REPLICAS, RecordTrust
+from p2pmoe.errors import DecodeError, RecordError
+from p2pmoe.protocol.datagrams import (
+    MAX_PAGE_BYTES,
+    RECORD_OVERHEAD_BYTES,
+    Address,
+    Contact,
+    Reply,
+    Status,
+    header_of,
+)
+from p2pmoe.protocol.records import Record
+
+RECEIVE_BUFFER_BYTES: Final = 4 * 1024 * 1024
+MAX_REPAIRS: Final = 16
+PINGS_PER_ROUND: Final = 16
+BUCKET_STALE_S: Final = 600.0
+OWN: Final = "own"
+"""The source that our own records are counted under."""
+
+
+class SwarmServer(Server):  # type: ignore[misc]
+    """One node of the DHT. Every method runs on the loop that `open` was called on."""
+
+    protocol_class = DatagramProtocol
+    protocol: DatagramProtocol
+    storage: RecordStore
+
+    def __init__(
+        self,
+        node_id: bytes,
+        swarm_id: str,
+        *,
+        client_mode: bool = False,
+        clock: Callable[[], float] = time.time,
+        source_bytes_per_s: float = 1e6,
+    ) -> None:
+        super().__init__(ksize=BUCKET_SIZE, alpha=ALPHA, node_id=node_id)
+        self.storage = RecordStore()  # not as an argument: an empty store is false, and would be replaced
+        self.client_mode = client_mode
+        self.clock = clock
+        self.table = ContactTable(node_id, BUCKET_SIZE)
+        self.trust = RecordTrust(self.storage)
+        self.budgets = SourceBudgets(source_bytes_per_s, 2 * source_bytes_per_s)
+        self.header = header_of(swarm_id)
+        self.lookups = 0
+        self.repairs = 0
+        self._repairing: set[asyncio.Task[None]] = set()
+
+    def _create_protocol(self, sock: socket.socket) -> DatagramProtocol:
+        return self.protocol_class(
+            own_id=self.node.id,
+            header=self.header,
+            table=self.table,
+            store=self.storage,
+            trust=self.trust,
+            budgets=self.budgets,
+            clock=self.clock,
+            sock=sock,
+            client_mode=self.client_mode,
+        )
+
+    async def open(self, sock: socket.socket) -> None:
+        """Serve on a bound UDP socket. Instead of `listen`, which has no place for the socket's options."""
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        protocol = self._create_protocol(sock)
+        loop = asyncio.get_running_loop()
+        self.transport, self.protocol = await loop.create_datagram_endpoint(lambda: protocol, sock=sock)
+
+    async def close(self) -> None:
+        """Stop; nothing of ours is on the loop afterwards."""
+        for task in self._repairing:
+            task.cancel()
+        await asyncio.gather(*self._repairing, return_exceptions=True)
+        self.stop()
+        if self.protocol is not None:
+            self.protocol.close()
+        await asyncio.sleep(0)  # the transport closes its socket on the loop's next turn
+
+    # --- joining and staying ----------------------------------------------------------------------------------
+
+    async def bootstrap(self, addrs: Collection[Address]) -> int:
+        """Ask the nodes at these addresses; look ourselves up as soon as one answers.
+
+        Returns how many answered until then: 0 when nobody does.
+        """
+        first: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        waiting = set(addrs)
+
+        def settle(address: Address, reply: Reply | None) -> None:
+            waiting.discard(address)
+            is_other = reply is not None and reply.sender not in {b"", self.node.id}
+            if (is_other or not waiting) and not first.done():
+                first.set_result(int(is_other))
+
+        for address in tuple(waiting):
+            self.protocol.call(address, ping_message, partial(settle, address))
+        answered = await first if addrs else 0
+        if answered:
+            await self.find_nearest(self.node.id, BUCKET_SIZE)
+        return answered
+
+    async def _refresh_table(self) -> None:
+        """Look into the buckets that nothing was heard of for ten minutes; ping who has been silent."""
+        stale = self.table.stale_contacts(asyncio.get_running_loop().time())[:PINGS_PER_ROUND]
+        await asyncio.gather(*(self.protocol.call_ping(contact.contact) for contact in stale))
+        for low, high in self.table.buckets_to_refresh(BUCKET_STALE_S):
+            target = random.randint(low, min(high, 2**160 - 1)).to_bytes(20, "big")  # noqa: S311
+            await self.find_nearest(target, BUCKET_SIZE)
+
+    def refresh_table(self, interval: float = 0) -> None:
+        """The package's hourly timer is not used: `maintain` has an owner that cancels it."""
+        raise NotImplementedError
+
+    async def maintain(self) -> None:
+        """One round of upkeep."""
+        self.storage.expire(self.clock())
+        await self._refresh_table()
+
+    # --- look-ups ---------------------------------------------------------------------------------------------
+
+    async def find_nearest(self, key: bytes, width: int = REPLICAS) -> list[Contact]:
+        """The nodes nearest to a key that answered, nearest first."""
+        return await self._crawl(key, width=width).run()
+
+    async def get(self, key: bytes, *, quick: bool = False) -> list[Record]:
+        """The live records of a key: the newest of every slot over the R nearest holders.
+
+        `quick` stops as soon as two holders agree. Holders found lacking are repaired in the background.
+        """
+        harvest = Harvest(key, self.trust)
+        crawl = self._crawl(key, width=REPLICAS, harvest=harvest, quick=quick)
+        nearest = await crawl.run()
+        now = self.clock()
+        merged = {record.slot: record for record in harvest.merged(now)}
+        for record in self.storage.records(key, now):
+            known = merged.get(record.slot)
+            if known is None or known.sequence < record.sequence:
+                merged[record.slot] = record
+        if not quick:
+            self._repair(key, harvest, nearest[:REPLICAS])
+        return list(merged.values())
+
+    async def set(self, key: bytes, value: Sequence[Record]) -> int:
+        """Hand records to the R nodes nearest to their key. Returns how many took all of them, we included."""
+        nearest = await self.find_nearest(key, REPLICAS)
+        return await self.store_at(key, value, nearest)
+
+    async def store_at(self, key: bytes, records: Sequence[Record], nearest: Sequence[Contact]) -> int:
+        """Hand records to the nearest of these until R have taken them."""
+        target = int.from_bytes(key, "big")
+        own_distance = self.node.long_id ^ target
+        places = REPLICAS
+        if not self.client_mode:
+            nearer = sum(int.from_bytes(each.node_id, "big") ^ target < own_distance for each in nearest[:REPLICAS])
+            places -= nearer < REPLICAS and self._store_here(key, records)
+        taken = REPLICAS - places
+        batches = _batches([record.raw for record in records])
+        waiting = list(nearest)
+        while places > 0 and waiting:
+            chosen, waiting = waiting[:places], waiting[places:]
+            results = await asyncio.gather(*(self._store_batches(each, key, batches) for each in chosen))
+            taken += sum(results)
+            places -= sum(results)
+        return taken
+
+    async def _store_batches(self, contact: Contact, key: bytes, batches: Sequence[list[bytes]]) -> bool:
+        for batch in batches:
+            statuses = await self.protocol.call_store(contact, key, batch)
+            if not statuses or any(status is not Status.STORED for status in statuses):
+                return False
+        return True
+
+    def _store_here(self, key: bytes, records: Iterable[Record]) -> bool:
+        try:
+            for record in records:
+                self.trust.admit(key, record.raw, source=OWN, count_nearer=0, now=self.clock())
+        except (RecordError, DecodeError):
+            return False
+        return True
+
+    def _crawl(self, key: bytes, *, width: int, **options: Any) -> Crawl:
+        self.lookups += 1
+        seeds = self.table.closest(int.from_bytes(key, "big"), BUCKET_SIZE)
+        return Crawl(self.protocol, key, [seed.contact for seed in seeds], width=width, **options)
+
+    def _repair(self, key: bytes, harvest: Harvest, holders: Sequence[Contact]) -> None:
+        now = self.clock()
+        for holder in holders:
+            records = harvest.lacking(holder, now)
+            if records and len(self._repairing) < MAX_REPAIRS:
+                task = asyncio.create_task(self._hand_over(key, holder, records))
+                self._repairing.add(task)
+                task.add_done_callback(self._repairing.discard)
+
+    async def _hand_over(self, key: bytes, holder: Contact, records: Sequence[Record]) -> None:
+        self.repairs += 1
+        await self._store_batches(holder, key, _batches([record.raw for record in records]))
+
+    def __repr__(self) -> str:
+        return f"<SwarmServer {self.node.id[:4].hex()}…: {self.table!r}, {self.storage!r}>"
+
+
+def _batches(raws: Sequence[bytes]) -> list[list[bytes]]:
+    """Records in as few Store datagrams as they go."""
+    batches: list[list[bytes]] = []
+    room = 0
+    for raw in raws:
+        size = len(raw) + RECORD_OVERHEAD_BYTES
+        if size > room or len(batches[-1]) >= 16:
+            batches.append([])
+            room = MAX_PAGE_BYTES
+        batches[-1].append(raw)
+        room -= size
+    return batches

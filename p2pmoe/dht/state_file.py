@@ -1,0 +1,45 @@
+"""What a DHT node keeps on disk between runs: peers that answered, its last sequence. JSON; trusts nothing in it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from p2pmoe.protocol.datagrams import Address
+
+MAX_STATE_BYTES: Final = 256 * 1024
+MAX_PEERS: Final = 64
+
+
+class SavedState(msgspec.Struct, frozen=True):
+    """The file's content. Unknown keys are ignored, so that a newer version's file can be read."""
+
+    peers: Annotated[tuple[tuple[str, Annotated[int, Meta(ge=1, le=65535)]], ...], Meta(max_length=MAX_PEERS)] = ()
+    sequence: Annotated[int, Meta(ge=0, le=2**62)] = 0
+
+
+def load_state(path: Path) -> SavedState:
+    """The saved state; an empty one when the file is missing or broken, which costs only a slower join."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_STATE_BYTES + 1)
+        return msgspec.json.decode(content, type=SavedState) if len(content) <= MAX_STATE_BYTES else SavedState()
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return SavedState()
+
+
+def save_state(path: Path, peers: list[Address], sequence: int) -> None:
+    """Replace the file in one step. Raises OSError when that cannot be done."""
+    content = msgspec.json.encode(SavedState(tuple(peers[:MAX_PEERS]), sequence))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)  # noqa: PTH105 - Path.replace is the same; the pair reads better
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,227 @@
+"""Every error that p2pmoe raises on purpose. One tree; a message says the cause and what to do about it.
+
+    P2PMoEError
+    ├── LocalError                  our own side: the caller, the file, the machine
+    │   ├── ConfigError             node.toml, an environment variable or a flag is wrong
+    │   ├── IdentityError           the key file cannot be read, parsed or trusted
+    │   ├── AddressInUseError       a port to listen on is taken or not allowed
+    │   ├── InvalidUidError         an expert uid or pattern breaks the grammar
+    │   ├── SchemaError             arguments do not fit an expert's schema
+    │   ├── EncodeError             our own value cannot be written in the wire format
+    │   └── ClosedError             used after close()
+    └── RemoteError                 a peer's side: what it sent, what it answered, that it is silent
+        ├── DecodeError             bytes that are no value of the wire format
+        ├── PeerUnreachableError    nobody answers at that endpoint
+        │   └── BootstrapError      none of the initial peers answered
+        ├── DeadlineError           no answer in time
+        ├── ExpertNotFoundError     no live provider of that uid is known
+        ├── ExpertsUnavailableError rows of a batch that too few experts answered
+        ├── RecordError             a DHT record that must not be believed
+        │   ├── BadSignatureError
+        │   ├── ExpiredRecordError
+        │   └── StaleRecordError
+        └── CallError               a node answered a call with an error
+            ├── BadRequestError         400  the call does not fit the expert's schema, or is malformed
+            ├── UnknownExpertError      404
+            ├── ReplayConflictError     409  a backward id was used before, its answer is gone or differs
+            ├── TooLargeError           413
+            ├── WireVersionError        426
+            ├── OverloadedError         429
+            ├── ExpertFailedError       500  the expert raised; only its own batch is hurt
+            ├── DrainingError           503
+            └── ExpiredCallError        504  the call's deadline passed before the device took it
+
+`CallError` has one class per status code of the wire format; `call_error(code, message)` picks it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class P2PMoEError(Exception):
+    """Root of the tree. `exit_code` is what the command line returns for it."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class LocalError(P2PMoEError):
+    """Our own side is at fault: the caller, a file, this machine."""
+
+
+class ConfigError(LocalError, ValueError):
+    """A setting is wrong: the message names the file, the key path and what was expected."""
+
+    exit_code = 3
+
+
+class IdentityError(LocalError):
+    """The key file cannot be read, parsed or trusted."""
+
+    exit_code = 4
+
+
+class AddressInUseError(LocalError, OSError):
+    """A port to listen on is taken or not allowed."""
+
+    exit_code = 5
+
+
+class InvalidUidError(LocalError, ValueError):
+    """An expert uid or a pattern of uids breaks the grammar."""
+
+    exit_code = 2
+
+
+class SchemaError(LocalError, ValueError):
+    """Arguments do not fit the schema of the expert they are meant for."""
+
+
+class EncodeError(LocalError, ValueError):
+    """A value of ours cannot be written in the wire format."""
+
+
+class ClosedError(LocalError, RuntimeError):
+    """The object was used after it was closed, or before it was started."""
+
+
+class RemoteError(P2PMoEError):
+    """A peer is at fault: what it sent, what it answered, or that it is silent."""
+
+    exit_code = 6
+
+
+class DecodeError(RemoteError, ValueError):
+    """Foreign bytes are no value of the wire format. `code` is the HTTP status that refuses them."""
+
+    def __init__(self, message: str, *, code: int = 400) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class PeerUnreachableError(RemoteError, ConnectionError):
+    """Nobody answers at an endpoint, or the connection broke before the answer was complete."""
+
+
+class BootstrapError(PeerUnreachableError):
+    """None of the initial peers answered."""
+
+
+class DeadlineError(RemoteError, TimeoutError):
+    """No answer came before the deadline."""
+
+
+class ExpertNotFoundError(RemoteError, LookupError):
+    """No live provider of that uid is known."""
+
+    exit_code = 7
+
+
+class ExpertsUnavailableError(RemoteError):
+    """Too few experts answered for some rows of a batch. `rows` lists their indices."""
+
+    def __init__(self, message: str, rows: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+class RecordError(RemoteError, ValueError):
+    """A DHT record that must not be believed."""
+
+
+class BadSignatureError(RecordError):
+    """The signature does not fit the public key and the bytes."""
+
+
+class ExpiredRecordError(RecordError):
+    """The record is past its expiry, or expires further ahead than is allowed."""
+
+
+class StaleRecordError(RecordError):
+    """A newer record of the same slot is known, or the same sequence with other bytes."""
+
+
+class CallError(RemoteError):
+    """A node answered a call with an error. `code` is the status code of the wire format."""
+
+    code: ClassVar[int] = 500
+    retry_after_s: float | None = None
+
+
+class BadRequestError(CallError, ValueError):
+    """The call is malformed or does not fit the expert's schema."""
+
+    code = 400
+
+
+class UnknownExpertError(CallError, LookupError):
+    """The node does not host that uid."""
+
+    code = 404
+    exit_code = 7
+
+
+class ReplayConflictError(CallError):
+    """A backward id came again and its first answer cannot be repeated."""
+
+    code = 409
+
+
+class TooLargeError(CallError, ValueError):
+    """A declared size is over the node's limit."""
+
+    code = 413
+
+
+class WireVersionError(CallError):
+    """The two sides speak different wire versions."""
+
+    code = 426
+
+
+class OverloadedError(CallError):
+    """The expert's queue is full; try again after `retry_after_s`."""
+
+    code = 429
+
+
+class ExpertFailedError(CallError):
+    """The expert raised while it computed the batch."""
+
+    code = 500
+
+
+class DrainingError(CallError):
+    """The node is shutting down and takes no new calls."""
+
+    code = 503
+
+
+class ExpiredCallError(CallError):
+    """The call's deadline passed before the device took it."""
+
+    code = 504
+
+
+_BY_CODE: dict[int, type[CallError]] = {
+    kind.code: kind
+    for kind in (
+        BadRequestError,
+        UnknownExpertError,
+        ReplayConflictError,
+        TooLargeError,
+        WireVersionError,
+        OverloadedError,
+        ExpertFailedError,
+        DrainingError,
+        ExpiredCallError,
+    )
+}
+
+
+def call_error(code: int, message: str, retry_after_s: float | None = None) -> CallError:
+    """The error class for a status code a node answered with; unknown 4xx and 5xx fall back to 400 and 500."""
+    kind = _BY_CODE.get(code) or (BadRequestError if 400 <= code < 500 else ExpertFailedError)
+    error = kind(message)
+    error.retry_after_s = retry_after_s
+    return error

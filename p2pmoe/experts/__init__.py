@@ -1,0 +1,1 @@
+"""Expert uids, and finding experts in the DHT."""

@@ -1,0 +1,118 @@
+"""Children by prefix, kept while they are fresh, without the peers that were found unreachable. No I/O.
+
+Read from the user's thread and filled from the DHT's loop: every method is thread-safe.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from p2pmoe.experts.children import NO_CHILDREN, Children, first_expiry, without_peers
+from p2pmoe.types import PeerId
+
+MAX_PREFIXES: Final = 65_536
+MAX_UNREACHABLE: Final = 4096
+
+
+@dataclass(slots=True)
+class _Entry:
+    children: Children
+    read_at: float
+    fresh_until: float
+    shown: Children
+    shown_version: int
+
+
+class ChildrenCache:
+    """At most `max_age_s` old, less when a provider expires before; empty answers live `negative_s`."""
+
+    def __init__(self, clock: Callable[[], float], *, max_age_s: float, negative_s: float) -> None:
+        self._clock = clock
+        self._max_age_s = max_age_s
+        self._negative_s = negative_s
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._unreachable: dict[PeerId, float] = {}
+        self._first_return = float("inf")
+        self._version = 0
+
+    def get(self, prefix: str) -> Children | None:
+        """What is known and fresh, or None. A dictionary look-up when nothing has changed."""
+        entry = self._entries.get(prefix)
+        now = self._clock()
+        if entry is None or now >= entry.fresh_until:
+            return None
+        return self._shown(entry, now)
+
+    def filtered(self, children: Children) -> Children:
+        """Without the peers that are unreachable now."""
+        self._let_return(self._clock())
+        unreachable = self._unreachable
+        return without_peers(children, set(unreachable)) if unreachable else children
+
+    def put(self, prefix: str, children: Children) -> None:
+        now = self._clock()
+        age_s = self._max_age_s if children else self._negative_s
+        fresh_until = min(now + age_s, first_expiry(children))
+        entry = _Entry(children or NO_CHILDREN, now, fresh_until, NO_CHILDREN, -1)
+        with self._lock:
+            self._entries[prefix] = entry
+            self._entries.move_to_end(prefix)
+            while len(self._entries) > MAX_PREFIXES:
+                self._entries.popitem(last=False)
+
+    def is_ageing(self, prefix: str, share: float) -> bool:
+        """True when a fresh entry has lived this share of its time, so that reading ahead pays."""
+        entry = self._entries.get(prefix)
+        return entry is not None and self._clock() >= entry.read_at + share * (entry.fresh_until - entry.read_at)
+
+    def invalidate(self, prefix: str | None = None) -> None:
+        with self._lock:
+            if prefix is None:
+                self._entries.clear()
+            else:
+                self._entries.pop(prefix, None)
+
+    def mark_unreachable(self, peer_id: PeerId, for_s: float) -> None:
+        until = self._clock() + for_s
+        with self._lock:
+            if len(self._unreachable) >= MAX_UNREACHABLE and peer_id not in self._unreachable:
+                soonest = min(self._unreachable, key=self._unreachable.__getitem__)
+                self._unreachable = {peer: at for peer, at in self._unreachable.items() if peer != soonest}
+            # A new dictionary each time: readers without the lock see the old one or the new one.
+            self._unreachable = {**self._unreachable, peer_id: until}
+            self._changed()
+
+    def mark_reachable(self, peer_id: PeerId) -> None:
+        with self._lock:
+            if peer_id in self._unreachable:
+                self._unreachable = {peer: at for peer, at in self._unreachable.items() if peer != peer_id}
+                self._changed()
+
+    def _shown(self, entry: _Entry, now: float) -> Children:
+        self._let_return(now)
+        version = self._version
+        if entry.shown_version != version:
+            shown = without_peers(entry.children, set(self._unreachable)) if self._unreachable else entry.children
+            with self._lock:
+                entry.shown, entry.shown_version = shown, version
+            return shown
+        return entry.shown
+
+    def _let_return(self, now: float) -> None:
+        if now < self._first_return:
+            return
+        with self._lock:
+            self._unreachable = {peer: at for peer, at in self._unreachable.items() if at > now}
+            self._changed()
+
+    def _changed(self) -> None:
+        self._version += 1
+        self._first_return = min(self._unreachable.values(), default=float("inf"))
+
+    def __repr__(self) -> str:
+        return f"<ChildrenCache {len(self._entries)} prefixes, {len(self._unreachable)} peers unreachable>"

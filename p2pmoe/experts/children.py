@@ -1,0 +1,73 @@
+"""What the records of one prefix say: which children it has and who provides them. No I/O and no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from p2pmoe.errors import DecodeError
+from p2pmoe.experts.bundles import decode_bundle
+from p2pmoe.identity import peer_id_of
+from p2pmoe.protocol.records import Record
+from p2pmoe.types import Endpoint, PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """A peer that says it has a child. `schema_digest` is hex, and empty for a child that is only a prefix."""
+
+    peer_id: PeerId
+    endpoint: Endpoint
+    schema_digest: str
+    expires_at: float
+    """Seconds since 1970."""
+    sequence: int
+    """Microseconds since 1970 when it was declared; larger is newer."""
+
+
+Children = Mapping[int, tuple[Provider, ...]]
+NO_CHILDREN: Final[Children] = MappingProxyType({})
+
+
+def children_of(records: Iterable[Record]) -> Children:
+    """Merge a prefix's records: of two bundles of one peer that list a child, the newer one counts.
+
+    A child with a schema is an expert, one without is a prefix; a peer may provide both under one number.
+    Records whose value is no bundle are left out.
+    """
+    newest: dict[int, dict[tuple[PeerId, bool], Provider]] = {}
+    for record in records:
+        try:
+            bundle = decode_bundle(record.value, record.public_key)
+        except DecodeError:
+            continue
+        peer_id = peer_id_of(record.public_key)
+        provider = Provider(peer_id, bundle.endpoint, bundle.schema_digest, record.expires_at, record.sequence)
+        for child in bundle.children:
+            providers = newest.setdefault(child, {})
+            known = providers.get((peer_id, bool(bundle.schema_digest)))
+            if known is None or known.sequence < provider.sequence:
+                providers[peer_id, bool(bundle.schema_digest)] = provider
+    # Sorted, so that two readers of the same records agree on the order.
+    return MappingProxyType(
+        {
+            child: tuple(sorted(newest[child].values(), key=lambda each: (each.peer_id, each.schema_digest)))
+            for child in sorted(newest)
+        }
+    )
+
+
+def without_peers(children: Children, peer_ids: frozenset[PeerId] | set[PeerId]) -> Children:
+    """The same without some peers; children that nobody else provides are gone."""
+    kept = {
+        child: tuple(provider for provider in providers if provider.peer_id not in peer_ids)
+        for child, providers in children.items()
+    }
+    return MappingProxyType({child: providers for child, providers in kept.items() if providers})
+
+
+def first_expiry(children: Children) -> float:
+    """When the first provider expires, in seconds since 1970; infinity when there is none."""
+    return min((p.expires_at for providers in children.values() for p in providers), default=float("inf"))

@@ -1,0 +1,245 @@
+"""The composition root: a configuration becomes a running node. Nothing else builds parts across rooms.
+
+Start, stage by stage: identity, experts, devices, HTTP, DHT, announcing. What fails in a stage is raised as its own
+error, and everything that was started before is closed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+
+from p2pmoe.config import HttpConfig, NodeConfig
+from p2pmoe.dht.node import DHTNode
+from p2pmoe.errors import ClosedError, ConfigError
+from p2pmoe.experts.directory import ExpertDirectory
+from p2pmoe.identity import Identity
+from p2pmoe.metrics import NodeMetrics
+from p2pmoe.rpc.http.server import HttpServer
+from p2pmoe.server.announcer import Announcer
+from p2pmoe.server.backend import ExpertBackend
+from p2pmoe.server.handlers import ExpertHandlers
+from p2pmoe.server.hosting import make_backends
+from p2pmoe.server.runtime import Runtime
+from p2pmoe.types import Endpoint, PeerId
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Node:
+    """A volunteer's node: experts, their devices, an HTTP service, a DHT node.
+
+    Args:
+        config: all settings; the defaults listen on loopback, on ports the system picks, with a fresh identity.
+        backends: experts made in Python, besides those of `config.experts`.
+        server_name: what `GET /v2` calls this software's version.
+
+    Raises (from `start`):
+        ConfigError, InvalidUidError: a setting is wrong.
+        IdentityError: the key file cannot be used.
+        AddressInUseError: a port is taken.
+        BootstrapError: none of `dht.initial_peers` answered.
+    """
+
+    def __init__(
+        self, config: NodeConfig | None = None, backends: Sequence[ExpertBackend] = (), *, server_name: str = "p2pmoe"
+    ) -> None:
+        self.config = config or NodeConfig()
+        self.backends: list[ExpertBackend] = list(backends)
+        self.metrics = NodeMetrics()
+        self._given = list(backends)
+        self._server_name = server_name
+        self._drain_timeout_s = self.config.http.drain_timeout_s
+        self._parts = contextlib.AsyncExitStack()
+        self._identity: Identity | None = None
+        self._dht: DHTNode | None = None
+        self._endpoint: Endpoint | None = None
+        self.directory: ExpertDirectory | None = None
+        self.handlers: ExpertHandlers | None = None
+
+    def __repr__(self) -> str:
+        where = self._endpoint or "not started"
+        return f"<Node {where}: {len(self.backends)} experts>"
+
+    # -- what it is
+
+    @property
+    def peer_id(self) -> PeerId:
+        """The name made from the node's public key. Raises ClosedError before `start`."""
+        return _started(self._identity).peer_id
+
+    @property
+    def dht_address(self) -> str:
+        """`HOST:PORT` for another node's or trainer's `initial_peers`."""
+        return _started(self._dht).dht_address
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where calls are answered."""
+        return _started(self._endpoint)
+
+    @property
+    def dht(self) -> DHTNode:
+        """The node's DHT node."""
+        return _started(self._dht)
+
+    # -- life
+
+    async def start(self) -> None:
+        """Start everything; on an error nothing stays behind."""
+        async with contextlib.AsyncExitStack() as parts:
+            await self._start(parts)
+            self._parts = parts.pop_all()
+        logger.info("node %s serves %d experts at %s", self.peer_id, len(self.backends), self._endpoint)
+
+    async def close(self, *, drain: bool = True) -> None:
+        """Withdraw the experts, let running calls end for at most `http.drain_timeout_s`, stop. Safe to call twice."""
+        parts, self._parts = self._parts, contextlib.AsyncExitStack()
+        if self.handlers is not None:
+            self.handlers.drain()
+        if not drain:
+            self._drain_timeout_s = 0.0
+        await parts.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # -- private
+
+    async def _start(self, parts: contextlib.AsyncExitStack) -> None:
+        config = self.config
+        if config.torch_threads is not None:
+            torch.set_num_threads(config.torch_threads)
+        self._identity = _open_identity(config)
+        self.backends = self._given + make_backends(config.experts, config.batching, config.optimizer, config.devices)
+        runtimes = self._start_runtimes(parts)
+        self.handlers = ExpertHandlers(
+            self.backends, runtimes.values(), metrics=self.metrics, peer_id=self._identity.peer_id
+        )
+        for backend in self.backends:
+            for pool in backend.get_pools():
+                runtimes[str(backend.device)].add(pool)
+        await self._start_http(parts, self.handlers)
+        await self._start_dht(parts, self._identity)
+        self._watch(runtimes)
+
+    def _start_runtimes(self, parts: contextlib.AsyncExitStack) -> dict[str, Runtime]:
+        names = [backend.name for backend in self.backends]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"two experts have the same uid: {sorted(names)}")
+        runtimes: dict[str, Runtime] = {}
+        for name in dict.fromkeys(str(backend.device) for backend in self.backends):
+            runtimes[name] = Runtime(device=name, on_batch=lambda *batch: _started(self.handlers).observe_batch(*batch))
+            runtimes[name].start()
+            parts.push_async_callback(_in_thread, runtimes[name].close)
+        return runtimes
+
+    async def _start_http(self, parts: contextlib.AsyncExitStack, handlers: ExpertHandlers) -> None:
+        config = self.config.http
+        server = HttpServer(
+            handlers, config, self.config.limits, server_name=self._server_name, render_metrics=self.metrics.render
+        )
+        await server.start()
+        parts.push_async_callback(server.close)
+        parts.push_async_callback(lambda: server.drain(self._drain_timeout_s))
+        public_key = _started(self._identity).public_key
+        self._endpoint = Endpoint(_announced_host(config), server.port, "http", public_key)
+
+    async def _start_dht(self, parts: contextlib.AsyncExitStack, identity: Identity) -> None:
+        config = self.config.dht
+        dht = DHTNode(identity, config)
+        await dht.astart()
+        parts.push_async_callback(dht.aclose)
+        self._dht = dht
+        self.directory = ExpertDirectory(dht)
+        schemas = {backend.name: backend.schema_digest for backend in self.backends}
+        announcer = Announcer(self.directory, schemas, self.endpoint, ttl_s=config.ttl_s, refresh_s=config.refresh_s)
+        parts.push_async_callback(announcer.close)
+        await announcer.start()
+
+    def _watch(self, runtimes: dict[str, Runtime]) -> None:
+        every = list(runtimes.values())
+        self.metrics.waiting.set_function(lambda: sum(runtime.tasks_waiting for runtime in every))
+        self.metrics.running.set_function(lambda: sum(runtime.tasks_running for runtime in every))
+        self.metrics.dht_peers.set_function(lambda: self.dht.peer_count)
+
+
+@contextlib.contextmanager
+def background_node(
+    config: NodeConfig | None = None, backends: Sequence[ExpertBackend] = (), *, timeout_s: float = 30.0
+) -> Iterator[Node]:
+    """A node in a thread of its own, for tests and notebooks. Raises what `Node.start` raises."""
+    node = Node(config, backends)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="p2pmoe-node", daemon=True)
+    thread.start()
+
+    def run(coroutine: Any) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout=timeout_s)
+
+    try:
+        run(node.start())
+        try:
+            yield node
+        finally:
+            run(node.close())
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(timeout=5.0)
+        if not thread.is_alive():
+            loop.close()
+
+
+def _started(part: T | None) -> T:
+    if part is None:
+        raise ClosedError("the node is not running; use it as `async with p2pmoe.Node(config) as node:`")
+    return part
+
+
+def _open_identity(config: NodeConfig) -> Identity:
+    if config.identity_path is None:
+        return Identity.generate()
+    return Identity.load_or_create(config.identity_path)
+
+
+async def _in_thread(function: Callable[[], None]) -> None:
+    await asyncio.get_running_loop().run_in_executor(None, function)
+
+
+def _announced_host(config: HttpConfig) -> str:
+    """The address that others are told: never a wildcard."""
+    host = config.announce_host or config.host
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if address.is_unspecified:
+            return _outward_address(address.version)
+    return host
+
+
+def _outward_address(version: int) -> str:
+    """The address of the interface that leads outwards. Connecting a UDP socket sends nothing."""
+    family, target = (socket.AF_INET, "192.0.2.1") if version == 4 else (socket.AF_INET6, "2001:db8::1")
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target, 9))
+        except OSError as error:
+            raise ConfigError(
+                "http.announce_host: which address callers can reach is not clear when listening on all; set it"
+            ) from error
+        return str(probe.getsockname()[0])

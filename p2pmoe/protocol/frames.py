@@ -1,0 +1,352 @@
+"""Frames: a header and tensor memory, to buffers and back. No socket, no clock, no schema.
+
+    frame    = uint32 header_bytes | uint32 body_bytes | header | body        little-endian
+    header   = JSON, see messages.py
+    body     = the tensors' bytes, one after the other, in the header's order
+
+Rules:
+1. Encoding never joins buffers: tensor memory is handed out as memoryviews.
+2. Nothing is allocated for a body before its header was read, checked against the limits, and accepted.
+3. The bytes of a tensor are copied once, from the received chunk into the tensor's own (aligned) memory.
+4. A bad header spoils its own call only: its lengths are known, so the body is skipped. A bad length prefix
+   spoils the stream: nothing after it can be found.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import msgspec
+import torch
+
+from p2pmoe.errors import DecodeError, EncodeError
+from p2pmoe.protocol.messages import (
+    RequestHeader,
+    ResponseHeader,
+    TensorHeader,
+    TensorParameters,
+    decode_header,
+    encode_json,
+)
+from p2pmoe.protocol.schema import DATATYPE_TO_DTYPE, DTYPE_TO_DATATYPE, WIRE_CODECS
+
+assert sys.byteorder == "little", "tensor memory is sent as it lies; a big-endian host would need a byte swap"
+
+Buffer = bytes | bytearray | memoryview
+H = TypeVar("H", RequestHeader, ResponseHeader)
+
+PREFIX = struct.Struct("<II")
+_MAX_UINT32 = 2**32 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class FrameLimits:
+    """What one frame may declare."""
+
+    header_bytes: int = 256 * 1024
+    body_bytes: int = 256 * 1024 * 1024
+    tensors: int = 256
+    rank: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Frame(Generic[H]):
+    """A decoded header with its tensors, on the CPU, in the header's order and dtypes."""
+
+    header: H
+    tensors: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFrame:
+    """Buffers that make up one frame on the wire, and their size in bytes."""
+
+    buffers: tuple[Buffer, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderReceived(Generic[H]):
+    """A header was read and its tensors' sizes add up. Call `accept()` or `skip()` on the reader."""
+
+    header: H
+    body_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FrameReceived(Generic[H]):
+    """A frame is complete."""
+
+    frame: Frame[H]
+
+
+@dataclass(frozen=True, slots=True)
+class FrameRefused:
+    """A header was bad in itself; its body is being skipped. `call_id` is empty where it could not be read."""
+
+    call_id: str
+    error: DecodeError
+
+
+# ------------------------------------------------------------------------------------------------ encoding
+
+
+def tensor_memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor as a memoryview, without a copy."""
+    flat = tensor.detach().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def describe_tensor(name: str, tensor: torch.Tensor, codec: str = "raw") -> tuple[TensorHeader, memoryview]:
+    """Header and memory of one tensor of any device and layout. Raises EncodeError for what cannot travel."""
+    datatype = DTYPE_TO_DATATYPE.get(tensor.dtype)
+    if datatype is None:
+        raise EncodeError(f"tensor {name} has dtype {tensor.dtype}, which has no wire datatype")
+    shape = tuple(tensor.shape)
+    wire_dtype = WIRE_CODECS.get(codec, None)
+    if codec not in WIRE_CODECS:
+        raise EncodeError(f"unknown codec {codec!r}; use one of {', '.join(WIRE_CODECS)}")
+    tensor = tensor.detach()
+    if wire_dtype is not None:
+        tensor = tensor.to(wire_dtype)
+    if tensor.is_cuda or not tensor.is_contiguous() or tensor.layout is not torch.strided:
+        tensor = tensor.to("cpu").contiguous()
+    memory = tensor_memory(tensor)
+    parameters = TensorParameters(binary_data_size=memory.nbytes, codec=None if codec == "raw" else codec)
+    return TensorHeader(name=name, datatype=datatype, shape=shape, parameters=parameters), memory
+
+
+def describe_tensors(
+    tensors: Sequence[torch.Tensor], codecs: Sequence[str] | None = None
+) -> tuple[tuple[TensorHeader, ...], list[memoryview]]:
+    """Headers and memories of a frame's tensors, named "0", "1", … ."""
+    headers, memories = [], []
+    for index, tensor in enumerate(tensors):
+        header, memory = describe_tensor(str(index), tensor, codecs[index] if codecs else "raw")
+        headers.append(header)
+        memories.append(memory)
+    return tuple(headers), memories
+
+
+def encode_frame(header: RequestHeader | ResponseHeader, memories: Iterable[memoryview] = ()) -> EncodedFrame:
+    """A frame as buffers for the socket. The memories must be those that the header's tensors describe."""
+    raw = encode_json(header)
+    bodies = [memory for memory in memories if memory.nbytes]
+    body_bytes = sum(memory.nbytes for memory in bodies)
+    if len(raw) > _MAX_UINT32 or body_bytes > _MAX_UINT32:
+        raise EncodeError(f"a frame of {body_bytes} bytes is over the format's 4 GiB; send fewer rows a call")
+    return EncodedFrame((PREFIX.pack(len(raw), body_bytes) + raw, *bodies), PREFIX.size + len(raw) + body_bytes)
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+def wire_size(header: TensorHeader, limits: FrameLimits) -> tuple[torch.dtype, int]:
+    """The dtype that travels for a tensor and its exact size in bytes, checked. Raises DecodeError."""
+    dtype = DATATYPE_TO_DTYPE.get(header.datatype)
+    if dtype is None:
+        known = ", ".join(DATATYPE_TO_DTYPE)
+        raise DecodeError(f"tensor {header.name!r}: unknown datatype {header.datatype!r}; known: {known}")
+    codec = header.parameters.codec
+    if codec is not None and codec != "raw":
+        if codec not in WIRE_CODECS or not dtype.is_floating_point:
+            known = ", ".join(WIRE_CODECS)
+            raise DecodeError(f"tensor {header.name!r}: unknown codec {codec!r} for {header.datatype}; known: {known}")
+        dtype = WIRE_CODECS[codec] or dtype
+    if len(header.shape) > limits.rank:
+        raise DecodeError(f"tensor {header.name!r}: rank {len(header.shape)} is over the limit of {limits.rank}")
+    size = math.prod(header.shape) * dtype.itemsize
+    if size == 0 and math.prod(filter(None, header.shape)) > limits.body_bytes:
+        raise DecodeError(
+            f"tensor {header.name!r}: shape {list(header.shape)} is over the limit of {limits.body_bytes}"
+        )
+    if size > limits.body_bytes:
+        raise DecodeError(
+            f"tensor {header.name!r}: {size} bytes are over the limit of {limits.body_bytes}; send fewer rows a call",
+            code=413,
+        )
+    return dtype, size
+
+
+class TensorSink:
+    """Memory for the tensors of one accepted header, filled chunk by chunk."""
+
+    def __init__(self, headers: Sequence[TensorHeader], limits: FrameLimits) -> None:
+        self._headers = headers
+        self._tensors: list[torch.Tensor] = []
+        self._memories: list[memoryview] = []
+        for header in headers:
+            dtype, size = wire_size(header, limits)
+            # Foreign BOOL bytes may be other than 0 and 1, which torch must never see in a bool tensor.
+            tensor = torch.empty(header.shape, dtype=torch.uint8 if dtype is torch.bool else dtype)
+            self._tensors.append(tensor)
+            if size:
+                self._memories.append(tensor_memory(tensor))
+        self._memories.reverse()
+        self._offset = 0
+
+    def write(self, data: memoryview) -> int:
+        """Copy what fits; the number of bytes taken."""
+        taken = 0
+        while self._memories and taken < len(data):
+            memory = self._memories[-1]
+            count = min(len(data) - taken, len(memory) - self._offset)
+            memory[self._offset : self._offset + count] = data[taken : taken + count]
+            taken += count
+            self._offset += count
+            if self._offset == len(memory):
+                self._memories.pop()
+                self._offset = 0
+        return taken
+
+    @property
+    def full(self) -> bool:
+        return not self._memories
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors in the dtypes that the header names."""
+        return tuple(
+            tensor if tensor.dtype is DATATYPE_TO_DTYPE[header.datatype] else _from_wire(tensor, header.datatype)
+            for tensor, header in zip(self._tensors, self._headers, strict=True)
+        )
+
+
+def _from_wire(tensor: torch.Tensor, datatype: str) -> torch.Tensor:
+    return tensor.ne(0) if datatype == "BOOL" else tensor.to(DATATYPE_TO_DTYPE[datatype])
+
+
+class FrameReader(Generic[H]):
+    """Turns received chunks into events. Synchronous; the owner of the socket feeds it and asks `next_event`.
+
+        for chunk in chunks:
+            reader.feed(chunk)
+            while (event := reader.next_event()) is not None: ...
+        reader.feed_eof()
+
+    After `HeaderReceived` the owner may call `skip()`; otherwise the body is read into fresh tensors.
+    """
+
+    def __init__(self, decoder: msgspec.json.Decoder[H], limits: FrameLimits) -> None:
+        self._decoder: msgspec.json.Decoder[H] = decoder
+        self._limits = limits
+        self._chunk = memoryview(b"")
+        self._carry = bytearray()  # a prefix or header that began in an earlier chunk
+        self._lengths: tuple[int, int] | None = None
+        self._header: H | None = None
+        self._sink: TensorSink | None = None
+        self._skip_bytes = 0
+
+    def __repr__(self) -> str:
+        return f"<FrameReader: {len(self._chunk)} bytes unread, {self._skip_bytes} to skip>"
+
+    def feed(self, data: bytes) -> None:
+        """Hand over a received chunk. The previous one must have been used up (`next_event` gave None)."""
+        assert not self._chunk, "feed() before the previous chunk was used up"
+        self._chunk = memoryview(data)
+
+    def feed_eof(self) -> None:
+        """The stream ended. Raises DecodeError when it ended inside a frame."""
+        if self._carry or self._lengths is not None or self._header is not None or self._skip_bytes:
+            raise DecodeError("the stream ended inside a frame; the body was truncated")
+
+    def next_event(self) -> HeaderReceived[H] | FrameReceived[H] | FrameRefused | None:
+        """The next event, or None when more data is needed. Raises DecodeError when the stream is spoilt."""
+        if self._skip_bytes:
+            skipped = min(self._skip_bytes, len(self._chunk))
+            self._chunk = self._chunk[skipped:]
+            self._skip_bytes -= skipped
+            if self._skip_bytes:
+                return None
+        if self._header is not None:
+            return self._next_of_body(self._header)
+        return self._next_header()
+
+    def skip(self) -> None:
+        """Do not keep the body of the header that was just received."""
+        assert self._header is not None and self._lengths is not None and self._sink is None
+        self._skip_bytes = self._lengths[1]
+        self._header = self._lengths = None
+
+    # -- private
+
+    def _take(self, count: int) -> bytes | bytearray | memoryview | None:
+        """`count` contiguous bytes, or None when they have not all arrived."""
+        if not self._carry and len(self._chunk) >= count:
+            taken, self._chunk = self._chunk[:count], self._chunk[count:]
+            return taken
+        missing = count - len(self._carry)
+        self._carry += self._chunk[:missing]
+        self._chunk = self._chunk[missing:]
+        if len(self._carry) < count:
+            return None
+        whole, self._carry = self._carry, bytearray()
+        return whole
+
+    def _next_header(self) -> HeaderReceived[H] | FrameRefused | None:
+        if self._lengths is None:
+            prefix = self._take(PREFIX.size)
+            if prefix is None:
+                return None
+            header_bytes, body_bytes = PREFIX.unpack(prefix)
+            if not 0 < header_bytes <= self._limits.header_bytes:
+                raise DecodeError(
+                    f"a frame declares a header of {header_bytes} bytes; allowed are 1 to {self._limits.header_bytes}",
+                    code=413 if header_bytes else 400,
+                )
+            self._lengths = header_bytes, body_bytes
+        raw = self._take(self._lengths[0])
+        if raw is None:
+            return None
+        return self._check_header(raw, self._lengths[1])
+
+    def _check_header(self, raw: Buffer, body_bytes: int) -> HeaderReceived[H] | FrameRefused:
+        call_id = ""
+        try:
+            header = decode_header(self._decoder, raw)
+            call_id = header.id
+            check_sizes(header.tensors, body_bytes, self._limits)
+        except DecodeError as error:
+            self._lengths = None
+            self._skip_bytes = body_bytes
+            return FrameRefused(call_id, error)
+        self._header = header
+        return HeaderReceived(header, body_bytes)
+
+    def _next_of_body(self, header: H) -> FrameReceived[H] | None:
+        if self._sink is None:
+            self._sink = TensorSink(header.tensors, self._limits)
+        if self._chunk:
+            self._chunk = self._chunk[self._sink.write(self._chunk) :]
+        if not self._sink.full:
+            return None
+        frame = Frame(header, self._sink.tensors())
+        self._sink = self._header = self._lengths = None
+        return FrameReceived(frame)
+
+
+def check_sizes(tensors: Sequence[TensorHeader], body_bytes: int, limits: FrameLimits) -> None:
+    """That a header's tensors fill the body exactly, within the limits. Raises DecodeError."""
+    if body_bytes > limits.body_bytes:
+        raise DecodeError(
+            f"a body of {body_bytes} bytes is over the limit of {limits.body_bytes}; send fewer rows a call",
+            code=413,
+        )
+    if len(tensors) > limits.tensors:
+        raise DecodeError(f"{len(tensors)} tensors are over the limit of {limits.tensors}")
+    total = 0
+    for tensor in tensors:
+        _, size = wire_size(tensor, limits)
+        declared = tensor.parameters.binary_data_size
+        if declared != size:
+            shape = list(tensor.shape)
+            raise DecodeError(
+                f"tensor {tensor.name!r}: {tensor.datatype}{shape} takes {size} bytes, binary_data_size says {declared}"
+            )
+        total += size
+    if total != body_bytes:
+        raise DecodeError(f"the tensors take {total} bytes, the frame's body has {body_bytes}")

@@ -1,0 +1,59 @@
+"""Nested tuples, lists and dicts of tensors, flattened and packed. Thin over optree; knows nothing of tensors.
+
+Leaves come in a fixed order: sequences by position, dicts by sorted key, so both ends of a wire agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optree
+
+from p2pmoe.errors import SchemaError
+
+_SEQUENCES = (list, tuple)
+
+
+def nested_flatten(tree: Any) -> tuple[Any, ...]:
+    """The leaves of `tree` in wire order. None is a leaf."""
+    return tuple(optree.tree_leaves(tree, none_is_leaf=True))
+
+
+def nested_pack(flat: Iterable[Any], structure: Any) -> Any:
+    """Leaves put back into the shape of `structure`; the inverse of `nested_flatten`.
+
+    Raises:
+        SchemaError: there are more or fewer leaves than places.
+    """
+    leaves = tuple(flat)
+    spec = optree.tree_structure(structure, none_is_leaf=True)
+    if len(leaves) != spec.num_leaves:
+        raise SchemaError(f"{len(leaves)} values cannot fill a structure of {spec.num_leaves}")
+    return optree.tree_unflatten(spec, leaves)
+
+
+def nested_compare(first: Any, second: Any) -> bool:
+    """Whether two values have the same structure. A list and a tuple of the same length count as the same."""
+    return _same_spec(optree.tree_structure(first, none_is_leaf=True), optree.tree_structure(second, none_is_leaf=True))
+
+
+def nested_map(function: Callable[..., Any], tree: Any, *more: Any) -> Any:
+    """`function` applied leaf by leaf, over one tree or several of the same structure.
+
+    Raises:
+        SchemaError: the structures differ.
+    """
+    for other in more:
+        if not nested_compare(tree, other):
+            raise SchemaError("nested values of different structure cannot be mapped together")
+    spec = optree.tree_structure(tree, none_is_leaf=True)
+    columns = [nested_flatten(each) for each in (tree, *more)]
+    return optree.tree_unflatten(spec, map(function, *columns))
+
+
+def _same_spec(a: optree.PyTreeSpec, b: optree.PyTreeSpec) -> bool:
+    if a.is_leaf() or b.is_leaf():
+        return a.is_leaf() and b.is_leaf()
+    same_kind = a.type is b.type or (a.type in _SEQUENCES and b.type in _SEQUENCES)
+    return same_kind and a.entries() == b.entries() and all(map(_same_spec, a.children(), b.children()))

@@ -1,0 +1,1 @@
+"""Calls between peers: what a transport is, over HTTP and in memory."""

@@ -1,0 +1,75 @@
+"""What a transport and a service are to each other. Knows neither HTTP nor experts.
+
+`Service` is what a node offers, `Transport` is how a caller reaches one. Both sides exist twice: the service as
+`server/handlers.py` and as fakes in tests; the transport over HTTP and in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from p2pmoe.protocol.frames import EncodedFrame, Frame
+from p2pmoe.protocol.messages import RequestHeader, ResponseHeader
+from p2pmoe.types import Endpoint
+
+Flat = tuple[torch.Tensor, ...]
+"""What a call takes or gives: tensors in schema order."""
+
+
+class Service(Protocol):
+    """What a node answers calls with. Bookkeeping is synchronous; results come through futures of the loop."""
+
+    def admit(self, header: RequestHeader) -> None:
+        """Refuse a call by its header alone, before memory is allocated for it. Raises CallError."""
+
+    def submit(self, frame: Frame[RequestHeader]) -> asyncio.Future[Flat]:
+        """Queue an admitted call. Cancelling the future drops the call if no device has taken it.
+
+        Raises CallError at once when the call cannot be queued; the future fails with CallError otherwise.
+        """
+
+    def result_codecs(self, header: RequestHeader) -> tuple[str, ...]:
+        """The codecs that the tensors of this call's result travel in."""
+
+    def flush(self) -> None:
+        """Everything received so far is queued: wake the devices."""
+
+    def experts(self) -> dict[str, Any]:
+        """Info of every expert by uid, as plain JSON values."""
+
+    def expert(self, uid: str) -> dict[str, Any]:
+        """Info of one expert. Raises UnknownExpertError."""
+
+    async def ready(self) -> bool:
+        """Whether a real forward pass of some expert went through just now."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether the node is about to leave and takes no new calls."""
+
+
+class Transport(Protocol):
+    """How a caller reaches services. One instance belongs to one event loop."""
+
+    def exchange(
+        self, endpoint: Endpoint, frames: Sequence[EncodedFrame], inspect: Callable[[ResponseHeader], bool]
+    ) -> AsyncGenerator[Frame[ResponseHeader], None]:
+        """Send call frames in one exchange; yields result and error frames in completion order.
+
+        `inspect` sees each header before memory is allocated for its tensors; False skips that frame.
+
+        Raises:
+            PeerUnreachableError: nobody answers, or the connection broke.
+            CallError: the node refused the exchange as a whole.
+            DecodeError: the answer is no sequence of frames.
+        """
+
+    async def get_json(self, endpoint: Endpoint, path: str) -> Any:
+        """A JSON document of the node. Raises PeerUnreachableError, CallError, DecodeError."""
+
+    async def close(self) -> None:
+        """Close every connection."""

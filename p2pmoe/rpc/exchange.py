@@ -1,0 +1,187 @@
+"""The answering side of one exchange, whatever carries it: frames in, results out in completion order.
+
+Synchronous: the transport feeds chunks, asks `take_results()`, and waits for `wake` in between. Knows no sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from p2pmoe.errors import CallError, DecodeError, ExpertFailedError, OverloadedError, WireVersionError
+from p2pmoe.protocol.frames import (
+    EncodedFrame,
+    Frame,
+    FrameLimits,
+    FrameReader,
+    FrameReceived,
+    FrameRefused,
+    HeaderReceived,
+    describe_tensors,
+    encode_frame,
+)
+from p2pmoe.protocol.messages import (
+    RequestHeader,
+    ResponseHeader,
+    error_header,
+    request_decoder,
+    version_mismatch,
+)
+from p2pmoe.rpc.base import Flat, Service
+from p2pmoe.types import WIRE_VERSION
+
+
+class ByteBudget:
+    """Tensor bytes that all calls of a node may hold at once."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self.held = 0
+
+    def __repr__(self) -> str:
+        return f"<ByteBudget: {self.held} of {self._limit} bytes held>"
+
+    def take(self, count: int) -> None:
+        """Raises OverloadedError when the calls in flight already hold too much."""
+        if self.held and self.held + count > self._limit:
+            raise OverloadedError(f"the node's calls in flight hold {self.held} bytes of {self._limit}; try again soon")
+        self.held += count
+
+    def give(self, count: int) -> None:
+        self.held -= count
+
+
+class ServerExchange:
+    """One exchange being answered."""
+
+    def __init__(
+        self,
+        service: Service,
+        limits: FrameLimits,
+        budget: ByteBudget,
+        *,
+        max_calls: int,
+        wake: Callable[[], None],
+    ) -> None:
+        self._service = service
+        self._budget = budget
+        self._max_calls = max_calls
+        self._wake = wake
+        self._reader: FrameReader[RequestHeader] = FrameReader(request_decoder, limits)
+        self._results: list[EncodedFrame] = []
+        self._running: dict[asyncio.Future[Flat], int] = {}
+        self._calls = 0
+        self._reserved = 0  # bytes of the body being received
+        self._receiving: RequestHeader | None = None
+        self.broken = False
+        """The stream cannot be read further; the connection must not be reused."""
+
+    def __repr__(self) -> str:
+        return f"<ServerExchange: {self._calls} calls, {len(self._running)} running, {len(self._results)} results>"
+
+    @property
+    def outstanding(self) -> int:
+        """Calls without a result yet."""
+        return len(self._running)
+
+    def feed(self, chunk: bytes) -> None:
+        """Use up one received chunk."""
+        try:
+            self._reader.feed(chunk)
+            while (event := self._reader.next_event()) is not None:
+                self._handle(event)
+        except DecodeError as error:
+            self.break_off(error)
+        self._service.flush()
+
+    def feed_eof(self) -> None:
+        """The request ended."""
+        try:
+            self._reader.feed_eof()
+        except DecodeError as error:
+            self.break_off(error)
+
+    def break_off(self, error: DecodeError | CallError) -> None:
+        """Read no further; the call being received, if any, is answered with `error`, the others go on."""
+        self.broken = True
+        header, self._receiving = self._receiving or RequestHeader(), None
+        self._results.append(encode_frame(error_header(header.id, header.model_name, error)))
+        self._budget.give(self._reserved)
+        self._reserved = 0
+
+    def take_results(self) -> list[EncodedFrame]:
+        """Results that are ready, each once."""
+        results, self._results = self._results, []
+        return results
+
+    def close(self) -> None:
+        """Drop everything that has not reached a device; safe to call twice."""
+        self._budget.give(self._reserved)
+        self._reserved = 0
+        for future in list(self._running):
+            future.cancel()
+
+    # -- private
+
+    def _handle(self, event: HeaderReceived[RequestHeader] | FrameReceived[RequestHeader] | FrameRefused) -> None:
+        if isinstance(event, FrameReceived):
+            self._receiving = None
+            self._submit(event.frame)
+        elif isinstance(event, HeaderReceived):
+            self._admit(event)
+        else:
+            self._count_call()
+            self._results.append(encode_frame(error_header(event.call_id, "", event.error)))
+
+    def _count_call(self) -> None:
+        self._calls += 1
+        if self._calls > self._max_calls:
+            raise DecodeError(f"more than {self._max_calls} calls in one exchange; split it", code=413)
+
+    def _admit(self, event: HeaderReceived[RequestHeader]) -> None:
+        self._count_call()
+        try:
+            version = event.header.parameters.wire_version
+            if version is not None and version != WIRE_VERSION:
+                raise WireVersionError(version_mismatch(version))
+            self._service.admit(event.header)
+            self._budget.take(event.body_bytes)
+        except CallError as error:
+            self._reader.skip()
+            self._fail(event.header, error)
+            return
+        self._reserved = event.body_bytes
+        self._receiving = event.header
+
+    def _submit(self, frame: Frame[RequestHeader]) -> None:
+        held, self._reserved = self._reserved, 0
+        try:
+            future = self._service.submit(frame)
+        except CallError as error:
+            self._budget.give(held)
+            self._fail(frame.header, error)
+            return
+        self._running[future] = held
+        future.add_done_callback(partial(self._finish, frame.header))
+
+    def _finish(self, header: RequestHeader, future: asyncio.Future[Flat]) -> None:
+        self._budget.give(self._running.pop(future))
+        if not future.cancelled():
+            error = future.exception()
+            if error is None:
+                codecs = self._service.result_codecs(header)
+                self._results.append(encode_result(header, future.result(), codecs))
+            else:
+                failure = error if isinstance(error, CallError) else ExpertFailedError(f"the node failed: {error!r}")
+                self._fail(header, failure)
+        self._wake()
+
+    def _fail(self, header: RequestHeader, error: CallError) -> None:
+        self._results.append(encode_frame(error_header(header.id, header.model_name, error)))
+
+
+def encode_result(header: RequestHeader, tensors: Flat, codecs: tuple[str, ...]) -> EncodedFrame:
+    """The result frame of a call."""
+    headers, memories = describe_tensors(tensors, codecs)
+    return encode_frame(ResponseHeader(id=header.id, model_name=header.model_name, outputs=headers), memories)

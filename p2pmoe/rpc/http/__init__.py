@@ -1,0 +1,1 @@
+"""The transport over HTTP: aiohttp's client and server."""

@@ -1,0 +1,222 @@
+"""`POST /v2/models/{uid}/infer`: one call as the Open Inference Protocol writes it. Knows a `Service` only.
+
+Source: KServe "Open Inference Protocol v2, HTTP/REST" and the binary tensor data extension: tensors with
+`parameters.binary_data_size` follow the JSON as raw bytes, the length of the JSON standing in the header
+`Inference-Header-Content-Length`; all others carry row-major (or nested) `data` in the JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import torch
+from aiohttp import hdrs, web
+
+from p2pmoe.config import LimitsConfig
+from p2pmoe.errors import BadRequestError, DecodeError, TooLargeError
+from p2pmoe.protocol.frames import Frame, FrameLimits, TensorSink, describe_tensor, wire_size
+from p2pmoe.protocol.messages import (
+    RequestHeader,
+    ResponseHeader,
+    TensorHeader,
+    decode_header,
+    encode_json,
+    request_decoder,
+)
+from p2pmoe.protocol.schema import DATATYPE_TO_DTYPE, DTYPE_TO_DATATYPE
+from p2pmoe.rpc.base import Flat, Service
+from p2pmoe.rpc.exchange import ByteBudget
+
+JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
+
+
+async def infer(request: web.Request, service: Service, limits: LimitsConfig, budget: ByteBudget) -> web.Response:
+    """Answer one request. Raises CallError or DecodeError for what is refused."""
+    body = _Body(request, limits)
+    header = msgspec.structs.replace(
+        decode_header(request_decoder, await body.read_json()), model_name=request.match_info["uid"]
+    )
+    order = _order_of_inputs(header.inputs)
+    service.admit(msgspec.structs.replace(header, inputs=tuple(header.inputs[index] for index in order)))
+    held = sum(wire_size(tensor, body.frame_limits)[1] for tensor in header.inputs)
+    budget.take(held)
+    try:
+        tensors = await body.read_tensors(header.inputs)
+        ordered = msgspec.structs.replace(header, inputs=tuple(header.inputs[index] for index in order))
+        future = service.submit(Frame(ordered, tuple(tensors[index] for index in order)))
+        service.flush()
+        return _response(header, await future)
+    finally:
+        budget.give(held)
+
+
+class _Body:
+    """The request's body: JSON first, then binary tensors."""
+
+    def __init__(self, request: web.Request, limits: LimitsConfig) -> None:
+        self._content = request.content
+        self._limits = limits
+        self.frame_limits = FrameLimits(
+            limits.max_header_bytes, limits.max_body_bytes, limits.max_tensors, limits.max_rank
+        )
+        self._json_bytes = _json_length(request)
+        self._rest = b""
+        if (request.content_length or 0) > limits.max_json_bytes + limits.max_body_bytes:
+            raise TooLargeError(
+                f"a body of {request.content_length} bytes is over the limit of {limits.max_body_bytes}"
+            )
+
+    async def read_json(self) -> bytes:
+        limit = self._limits.max_json_bytes
+        if (self._json_bytes or 0) > limit:
+            raise TooLargeError(f"JSON of {self._json_bytes} bytes is over the limit of {limit}; send binary tensors")
+        text = bytearray()
+        while self._json_bytes is None or len(text) < self._json_bytes:
+            chunk = await self._read()
+            if not chunk:
+                break
+            text += chunk
+            if self._json_bytes is None and len(text) > limit:
+                raise TooLargeError(f"JSON is over the limit of {limit} bytes; send binary tensors")
+        if self._json_bytes is None:
+            return bytes(text)
+        if len(text) < self._json_bytes:
+            raise BadRequestError(
+                f"the body ends before {JSON_LENGTH_HEADER} ({self._json_bytes} bytes); it was cut off"
+            )
+        self._rest = bytes(text[self._json_bytes :])
+        return bytes(text[: self._json_bytes])
+
+    async def read_tensors(self, headers: tuple[TensorHeader, ...]) -> list[torch.Tensor]:
+        """Tensors in the order of the request."""
+        if len(headers) > self.frame_limits.tensors:
+            raise BadRequestError(f"{len(headers)} inputs are over the limit of {self.frame_limits.tensors}")
+        binary = [header for header in headers if header.parameters.binary_data_size is not None]
+        for header in binary:
+            _, size = wire_size(header, self.frame_limits)
+            declared = header.parameters.binary_data_size
+            if size != declared:
+                raise BadRequestError(f"input {header.name!r} takes {size} bytes, binary_data_size says {declared}")
+        sink = TensorSink(binary, self.frame_limits)
+        chunk, taken = self._rest, 0
+        while not sink.full:
+            taken = sink.write(memoryview(chunk))
+            if taken < len(chunk):
+                break
+            if not sink.full and not (chunk := await self._read()):
+                raise BadRequestError("the body ends before the last tensor; it was truncated")
+        await self._expect_end(len(chunk), taken)
+        filled = iter(sink.tensors())
+        return [
+            next(filled)
+            if header.parameters.binary_data_size is not None
+            else tensor_from_json(header, self.frame_limits)
+            for header in headers
+        ]
+
+    async def _expect_end(self, available: int, taken: int) -> None:
+        if available > taken or await self._read():
+            raise BadRequestError("the body goes on after the last tensor; check binary_data_size")
+
+    async def _read(self) -> bytes:
+        try:
+            async with asyncio.timeout(self._limits.idle_read_timeout_s):
+                return await self._content.readany()
+        except TimeoutError:
+            raise BadRequestError(f"no data for {self._limits.idle_read_timeout_s} s in the middle of a body") from None
+
+
+def _json_length(request: web.Request) -> int | None:
+    text = request.headers.get(JSON_LENGTH_HEADER)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise BadRequestError(f"{JSON_LENGTH_HEADER} must be a number of bytes, got {text[:32]!r}")
+    return int(text)
+
+
+def _order_of_inputs(inputs: tuple[TensorHeader, ...]) -> list[int]:
+    """Where inputs "0", "1", … stand in the request; the public protocol names inputs, it does not count them."""
+    positions = {tensor.name: index for index, tensor in enumerate(inputs)}
+    order = [positions.get(str(index)) for index in range(len(inputs))]
+    if not inputs or None in order:
+        names = [tensor.name for tensor in inputs]
+        raise BadRequestError(f"inputs must be named '0', '1', … as the model's metadata lists them, got {names[:16]}")
+    return [position for position in order if position is not None]
+
+
+# ------------------------------------------------------------------------------------------- JSON tensors
+
+
+def tensor_from_json(header: TensorHeader, limits: FrameLimits) -> torch.Tensor:
+    """A tensor from row-major or nested JSON values. Raises BadRequestError or DecodeError."""
+    if header.data is msgspec.UNSET:
+        raise BadRequestError(f"input {header.name!r} has neither data nor parameters.binary_data_size")
+    if header.parameters.codec not in (None, "raw"):
+        raise BadRequestError(f"input {header.name!r}: codec {header.parameters.codec!r} needs binary data")
+    wire_size(header, limits)
+    dtype = DATATYPE_TO_DTYPE[header.datatype]
+    leaf: type | tuple[type, ...] = bool if dtype is torch.bool else int
+    if dtype.is_floating_point:
+        leaf = (int, float)
+    try:
+        values = list(_leaves(msgspec.json.decode(header.data), leaf, header))
+        if len(values) != math.prod(header.shape):
+            raise BadRequestError(
+                f"input {header.name!r}: shape {list(header.shape)} needs {math.prod(header.shape)} values, "
+                f"data has {len(values)}"
+            )
+        return torch.tensor(values, dtype=dtype).reshape(header.shape)
+    except (msgspec.DecodeError, RecursionError, OverflowError, RuntimeError, TypeError) as error:
+        raise DecodeError(f"input {header.name!r}: data cannot be {header.datatype}: {error}") from error
+
+
+def _leaves(value: Any, leaf: type | tuple[type, ...], header: TensorHeader) -> Iterator[Any]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _leaves(item, leaf, header)
+    elif not isinstance(value, leaf) or (leaf is not bool and isinstance(value, bool)):
+        raise BadRequestError(f"input {header.name!r}: {type(value).__name__} values do not fit {header.datatype}")
+    else:
+        yield value
+
+
+# ----------------------------------------------------------------------------------------------- response
+
+
+def _response(request: RequestHeader, tensors: Flat) -> web.Response:
+    wanted = _wanted_outputs(request, len(tensors))
+    headers, memories = [], []
+    for index, binary in wanted:
+        tensor = tensors[index]
+        if binary:
+            header, memory = describe_tensor(str(index), tensor)
+            memories.append(memory)
+        else:
+            values = msgspec.Raw(encode_json(tensor.flatten().tolist()))
+            header = TensorHeader(str(index), DTYPE_TO_DATATYPE[tensor.dtype], tuple(tensor.shape), data=values)
+        headers.append(header)
+    text = encode_json(ResponseHeader(id=request.id, model_name=request.model_name, outputs=tuple(headers)))
+    if not memories:
+        return web.Response(body=text, content_type="application/json")
+    return web.Response(
+        body=b"".join((text, *memories)),
+        headers={hdrs.CONTENT_TYPE: "application/octet-stream", JSON_LENGTH_HEADER: str(len(text))},
+    )
+
+
+def _wanted_outputs(request: RequestHeader, count: int) -> list[tuple[int, bool]]:
+    default = request.parameters.binary_data_output is True
+    if not request.outputs:
+        return [(index, default) for index in range(count)]
+    wanted = []
+    for output in request.outputs:
+        if output.name not in map(str, range(count)):
+            raise BadRequestError(f"there is no output {output.name!r}; the model has '0' to '{count - 1}'")
+        binary = output.parameters.binary_data
+        wanted.append((int(output.name), default if binary is None else binary))
+    return wanted

@@ -1,0 +1,282 @@
+"""The answering side over HTTP: routes, status codes, streaming. Knows a `Service`, nothing of experts.
+
+Routes (see docs/wire.md): the exchange of many calls, the Open Inference Protocol, info, health and metrics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import hdrs, web
+
+from p2pmoe.config import HttpConfig, LimitsConfig
+from p2pmoe.errors import AddressInUseError, BadRequestError, CallError, DecodeError, TooLargeError, WireVersionError
+from p2pmoe.protocol.frames import EncodedFrame, FrameLimits
+from p2pmoe.protocol.messages import version_mismatch
+from p2pmoe.rpc.base import Service
+from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
+from p2pmoe.rpc.http.client import WIRE_VERSION_HEADER, write_frames
+from p2pmoe.rpc.http.infer import infer
+from p2pmoe.types import WIRE_VERSION
+
+_READ_BYTES = 1024 * 1024
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def frame_limits(limits: LimitsConfig) -> FrameLimits:
+    return FrameLimits(limits.max_header_bytes, limits.max_body_bytes, limits.max_tensors, limits.max_rank)
+
+
+class HttpServer:
+    """A listening HTTP service. `start()` and `close()` belong to one event loop."""
+
+    def __init__(
+        self,
+        service: Service,
+        config: HttpConfig,
+        limits: LimitsConfig,
+        *,
+        server_name: str,
+        render_metrics: Callable[[], tuple[bytes, str]],
+    ) -> None:
+        self._service = service
+        self._config = config
+        self._limits = limits
+        self._frame_limits = frame_limits(limits)
+        self._budget = ByteBudget(limits.max_inflight_bytes)
+        self._server_name = server_name
+        self._render_metrics = render_metrics
+        self._runner: web.AppRunner | None = None
+        self._running: set[asyncio.Task[Any]] = set()
+        self.port = 0
+
+    def __repr__(self) -> str:
+        return f"<HttpServer {self._config.host}:{self.port}: {len(self._running)} requests, {self._budget}>"
+
+    async def start(self) -> None:
+        """Listen. Raises AddressInUseError when the port is taken or not allowed."""
+        app = web.Application(middlewares=[self._answer_errors])
+        app.add_routes(self._routes())
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,  # a caller that is gone must not occupy the queue
+            keepalive_timeout=self._config.keepalive_timeout_s,
+            auto_decompress=False,  # nobody needs compressed tensors, and a bomb would pass the limits
+            read_bufsize=_READ_BYTES,
+            shutdown_timeout=1.0,
+        )
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._config.host, self._config.port, reuse_address=True)
+        try:
+            await site.start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise _listen_error(self._config, error) from error
+        self.port = self._runner.addresses[0][1]
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until running requests are answered, at most `timeout_s`."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=timeout_s)
+
+    async def close(self) -> None:
+        """Stop listening and close every connection."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    # -- routes
+
+    def _routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/p2pmoe/{version:v[0-9]+}/exchange", self._exchange),
+            web.get("/p2pmoe/{version:v[0-9]+}/experts", self._experts),
+            web.get("/p2pmoe/{version:v[0-9]+}/experts/{uid}", self._expert),
+            web.get("/v2", self._server_metadata),
+            web.get("/v2/health/live", self._live),
+            web.get("/v2/health/ready", self._ready),
+            web.get("/v2/models/{uid}", self._model_metadata),
+            web.get("/v2/models/{uid}/ready", self._model_ready),
+            web.post("/v2/models/{uid}/infer", self._infer),
+            web.get("/metrics", self._metrics),
+        ]
+
+    @web.middleware
+    async def _answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        try:
+            self._check_version(request)
+            return await handler(request)
+        except (CallError, DecodeError) as error:
+            return _error_response(error)
+        except web.HTTPException as error:
+            return _json({"error": f"{request.method} {request.path}: {error.reason}"}, error.status)
+        finally:
+            self._running.discard(task)
+
+    def _check_version(self, request: web.Request) -> None:
+        asked = request.match_info.get("version", f"v{WIRE_VERSION}")[1:]
+        stated = request.headers.get(WIRE_VERSION_HEADER, asked)
+        for version in (asked, stated):
+            if version != str(WIRE_VERSION):
+                raise WireVersionError(version_mismatch(version[:32]))
+
+    async def _exchange(self, request: web.Request) -> web.StreamResponse:
+        if (request.content_length or 0) > self._limits.max_exchange_bytes:
+            raise TooLargeError(
+                f"an exchange of {request.content_length} bytes is over the limit of "
+                f"{self._limits.max_exchange_bytes}; split it"
+            )
+        return await _Exchange(request, self._service, self._frame_limits, self._budget, self._limits).run()
+
+    async def _infer(self, request: web.Request) -> web.StreamResponse:
+        return await infer(request, self._service, self._limits, self._budget)
+
+    async def _experts(self, request: web.Request) -> web.Response:
+        return _json({"experts": self._service.experts()})
+
+    async def _expert(self, request: web.Request) -> web.Response:
+        return _json(self._service.expert(request.match_info["uid"]))
+
+    async def _server_metadata(self, request: web.Request) -> web.Response:
+        return _json({"name": "p2pmoe", "version": self._server_name, "extensions": ["binary_tensor_data"]})
+
+    async def _live(self, request: web.Request) -> web.Response:
+        return _json({"live": True})
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        ready = not self._service.draining and await self._service.ready()
+        return _json({"ready": ready}, 200 if ready else 503)
+
+    async def _model_metadata(self, request: web.Request) -> web.Response:
+        return _json(self._service.expert(request.match_info["uid"])["oip"])
+
+    async def _model_ready(self, request: web.Request) -> web.Response:
+        uid = request.match_info["uid"]
+        self._service.expert(uid)
+        ready = not self._service.draining
+        return _json({"name": uid, "ready": ready}, 200 if ready else 503)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        body, content_type = self._render_metrics()
+        return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
+
+
+class _Exchange:
+    """Drives one ServerExchange over one HTTP request."""
+
+    def __init__(
+        self,
+        request: web.Request,
+        service: Service,
+        frame_limits: FrameLimits,
+        budget: ByteBudget,
+        limits: LimitsConfig,
+    ) -> None:
+        self._request = request
+        self._limits = limits
+        self._wakeup = asyncio.Event()
+        self._calls = ServerExchange(
+            service, frame_limits, budget, max_calls=limits.max_calls_per_exchange, wake=self._wake
+        )
+        self._response: web.StreamResponse | None = None
+        self._all_read = False
+        self._writer: asyncio.Task[None] | None = None
+
+    async def run(self) -> web.StreamResponse:
+        try:
+            await self._read_calls()
+            self._all_read = True
+            self._wakeup.set()
+            # A result that came while the request was still arriving has started a writer task; else write here.
+            await (self._writer or self._write_results())
+        finally:
+            self._calls.close()
+            if self._writer is not None and not self._writer.done():
+                self._writer.cancel()
+                await asyncio.wait([self._writer])
+        assert self._response is not None
+        return self._response
+
+    def _wake(self) -> None:
+        self._wakeup.set()
+        if not self._all_read and self._writer is None:
+            self._writer = asyncio.get_running_loop().create_task(self._write_results())
+
+    async def _read_calls(self) -> None:
+        content, limits = self._request.content, self._limits
+        received = 0
+        while not self._calls.broken:
+            try:
+                async with asyncio.timeout(limits.idle_read_timeout_s):
+                    chunk = await content.readany()
+            except TimeoutError:
+                pause = f"no data for {limits.idle_read_timeout_s} s in the middle of an exchange"
+                self._calls.break_off(BadRequestError(pause))
+                return
+            if not chunk:
+                self._calls.feed_eof()
+                return
+            received += len(chunk)
+            if received > limits.max_exchange_bytes:
+                too_large = f"the exchange is over the limit of {limits.max_exchange_bytes} bytes; split it"
+                self._calls.break_off(TooLargeError(too_large))
+                return
+            self._calls.feed(chunk)
+
+    @property
+    def _complete(self) -> bool:
+        return self._all_read and not self._calls.outstanding
+
+    async def _write_results(self) -> None:
+        while True:
+            frames = self._calls.take_results()
+            complete = self._complete
+            if frames or complete:
+                response = self._response or await self._start_response(frames, complete)
+                await write_frames(frames, response.write)
+            if complete:
+                break
+            if not frames:
+                await self._wakeup.wait()
+                self._wakeup.clear()
+        await response.write_eof()
+
+    async def _start_response(self, frames: list[EncodedFrame], complete: bool) -> web.StreamResponse:
+        response = self._response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "application/octet-stream"})
+        if self._calls.broken:
+            response.force_close()  # the rest of the request is unread
+        if complete:
+            response.content_length = sum(frame.nbytes for frame in frames)
+        else:
+            response.enable_chunked_encoding()
+        await response.prepare(self._request)
+        return response
+
+
+def _json(document: Any, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(document), status=status, content_type="application/json")
+
+
+def _error_response(error: CallError | DecodeError) -> web.Response:
+    response = _json({"error": str(error), "code": error.code, "message": str(error)}, error.code)
+    if error.code == 426:
+        response.headers[hdrs.UPGRADE] = f"p2pmoe/{WIRE_VERSION}"
+    if error.code in (429, 503):
+        response.headers[hdrs.RETRY_AFTER] = str(max(1, round(getattr(error, "retry_after_s", None) or 1)))
+    response.force_close()  # the request's body may be unread
+    return response
+
+
+def _listen_error(config: HttpConfig, error: OSError) -> AddressInUseError:
+    where = f"{config.host}:{config.port}"
+    if error.errno == errno.EADDRINUSE:
+        return AddressInUseError(f"HTTP port {where} is in use; choose another with [http] port, or 0 for any free one")
+    return AddressInUseError(f"cannot listen on HTTP {where}: {error.strerror or error}; check [http] host and port")

@@ -1,0 +1,201 @@
+"""One expert: its module, its optimizer, its schemas, and the two functions that batches are computed with.
+
+The seed is Learning@home's `ExpertBackend` (arXiv 2002.04013, section 3.2). Knows nothing of queues, threads, HTTP.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from p2pmoe.errors import SchemaError
+from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_pack
+from p2pmoe.protocol.schema import BatchTensorProto, format_schema, schema_digest
+from p2pmoe.server.task_pool import TaskPool
+
+DUMMY_BATCH_SIZE = 3
+"""Rows of the dummy run that finds `outputs_schema`."""
+
+Flat = tuple[torch.Tensor, ...]
+
+
+class ExpertBackend(nn.Module):
+    """An expert that can be served: forward, and backward with an optimizer step inside.
+
+    Args:
+        name: the expert's uid, e.g. "ffn.3.17".
+        expert: any module whose arguments and outputs are tensors (nested tuples, lists and dicts of them) with
+            the batch dimension first.
+        opt: its optimizer; stepped once a backward batch.
+        args_schema: nested BatchTensorProto of the positional arguments.
+        kwargs_schema: the same of the keyword arguments.
+        outputs_schema: the same of the outputs; found by a dummy run of `DUMMY_BATCH_SIZE` rows when left out.
+        pool_options: batching options of both pools, see `TaskPool`.
+
+    Raises:
+        SchemaError: there is no argument at all, a schema is malformed, or the dummy run does not fit it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        expert: nn.Module,
+        opt: torch.optim.Optimizer,
+        *,
+        args_schema: Any = None,
+        kwargs_schema: Mapping[str, Any] | None = None,
+        outputs_schema: Any = None,
+        **pool_options: Any,
+    ) -> None:
+        super().__init__()
+        self.name, self.expert, self.opt = name, expert, opt
+        self.args_schema: tuple[Any, ...] = _as_args(args_schema)
+        self.kwargs_schema: dict[str, Any] = dict(kwargs_schema or {})
+        self.forward_schema = (self.args_schema, self.kwargs_schema)
+        self._inputs = nested_flatten(self.forward_schema)
+        if not self._inputs:
+            raise SchemaError(f"{name}: at least one positional or keyword argument is needed in args_schema")
+        _check_leaves(name, self.forward_schema)
+        if outputs_schema is None:
+            outputs_schema = self._find_outputs_schema()
+        self.outputs_schema = outputs_schema
+        _check_leaves(name, outputs_schema)
+        self.backward_schema = (self.forward_schema, outputs_schema)
+        self.grad_inputs_schema = self.forward_schema
+        self.schema_digest = schema_digest(self.forward_schema, outputs_schema)
+        self.update_count = 0
+        """Optimizer steps applied since the expert was made."""
+        self._computing = threading.Lock()
+        self.forward_pool = TaskPool(self.forward, uid=f"{name}/forward", **pool_options)
+        self.backward_pool = TaskPool(self.backward, uid=f"{name}/backward", **pool_options)
+
+    def __repr__(self) -> str:
+        schemas = f"{format_schema(self.forward_schema)} -> {format_schema(self.outputs_schema)}"
+        return f"<ExpertBackend {self.name}: {schemas}, {self.update_count} updates>"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the expert's parameters are."""
+        return next((parameter.device for parameter in self.expert.parameters()), torch.device("cpu"))
+
+    def forward(self, *inputs: torch.Tensor) -> Flat:
+        """Outputs of a batch, without gradients.
+
+        Args:
+            inputs: flat tensors in the order of `(args_schema, kwargs_schema)`, [rows, …] each.
+
+        Returns:
+            The flattened outputs, [rows, …] each.
+        """
+        args, kwargs = nested_pack(inputs, structure=self.forward_schema)
+        with self._computing, torch.no_grad():
+            outputs = self.expert(*args, **kwargs)
+        return nested_flatten(outputs)
+
+    def backward(self, *inputs: torch.Tensor) -> Flat:
+        """Gradients with respect to the inputs; one optimizer step happens inside.
+
+        Args:
+            inputs: `flatten((forward_schema, outputs_schema))`: the inputs, then a gradient for every output.
+
+        Returns:
+            A gradient for every input, in wire order; zeros for unused and for integer inputs.
+        """
+        (args, kwargs), grad_outputs = nested_pack(inputs, structure=self.backward_schema)
+        with self._computing, torch.enable_grad():
+            args, kwargs = nested_map(_as_leaf, (args, kwargs))
+            try:
+                self._back_propagate(self.expert(*args, **kwargs), grad_outputs)
+                self.apply_gradients()
+            except BaseException:
+                self.opt.zero_grad(set_to_none=True)  # half a gradient must not leak into the next step
+                raise
+        return tuple(
+            torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            for tensor in nested_flatten((args, kwargs))
+        )
+
+    def apply_gradients(self) -> None:
+        """Step the optimizer and clear the gradients. Override to train differently."""
+        self.opt.step()
+        self.opt.zero_grad(set_to_none=True)
+        self.update_count += 1
+
+    def get_info(self) -> dict[str, Any]:
+        """Schemas and keyword names, as the seed gives them, and the number of updates."""
+        return {
+            "forward_schema": self.forward_schema,
+            "outputs_schema": self.outputs_schema,
+            "keyword_names": tuple(self.kwargs_schema),
+            "schema_digest": self.schema_digest,
+            "updates": self.update_count,
+        }
+
+    def get_pools(self) -> Sequence[TaskPool]:
+        """The forward and the backward pool."""
+        return self.forward_pool, self.backward_pool
+
+    # -- private
+
+    def _back_propagate(self, outputs: Any, grad_outputs: Any) -> None:
+        if not nested_compare(outputs, grad_outputs):
+            raise SchemaError(f"{self.name}: the outputs do not have the structure of outputs_schema")
+        pairs = [
+            (output, gradient.to(device=output.device, dtype=output.dtype, non_blocking=True))
+            for output, gradient in zip(nested_flatten(outputs), nested_flatten(grad_outputs), strict=True)
+            if output.requires_grad
+        ]
+        if pairs:
+            torch.autograd.backward([pair[0] for pair in pairs], grad_tensors=[pair[1] for pair in pairs])
+
+    def _find_outputs_schema(self) -> Any:
+        """One dummy run that leaves parameters, buffers, gradients, mode and RNG state as they were."""
+        device = self.device
+        buffers = {name: buffer.clone() for name, buffer in self.expert.named_buffers()}
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+            args, kwargs = nested_map(lambda proto: proto.make_zeros(DUMMY_BATCH_SIZE, device), self.forward_schema)
+            try:
+                outputs = self.expert(*args, **kwargs)
+            except Exception as error:
+                schema = format_schema(self.forward_schema)
+                raise SchemaError(
+                    f"{self.name}: the expert does not take its schema {schema}: {type(error).__name__}: {error}"
+                ) from error
+            finally:
+                for name, buffer in self.expert.named_buffers():
+                    if name in buffers:
+                        buffer.copy_(buffers[name])
+        return nested_map(self._output_schema, outputs)
+
+    def _output_schema(self, output: Any) -> BatchTensorProto:
+        if not isinstance(output, torch.Tensor) or output.ndim == 0 or len(output) != DUMMY_BATCH_SIZE:
+            shown = (
+                f"[{', '.join(map(str, output.shape))}]" if isinstance(output, torch.Tensor) else type(output).__name__
+            )
+            raise SchemaError(
+                f"{self.name}: every output must be a tensor with the batch dimension first; "
+                f"a run of {DUMMY_BATCH_SIZE} rows gave {shown}"
+            )
+        return BatchTensorProto.from_tensor(output)
+
+
+def _as_args(schema: Any) -> tuple[Any, ...]:
+    if schema is None:
+        return ()
+    return (schema,) if isinstance(schema, BatchTensorProto) else tuple(schema)
+
+
+def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
+    leaf = tensor.detach()
+    return leaf.requires_grad_(True) if leaf.is_floating_point() or leaf.is_complex() else leaf
+
+
+def _check_leaves(name: str, schema: Any) -> None:
+    for leaf in nested_flatten(schema):
+        if not isinstance(leaf, BatchTensorProto):
+            raise SchemaError(f"{name}: a schema is made of BatchTensorProto, got {type(leaf).__name__}")

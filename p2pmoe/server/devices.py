@@ -1,0 +1,153 @@
+"""How a batch is put on a device, computed and brought back. Knows nothing of queues' order or of the network.
+
+A batch goes through three steps: `stage` (merge the tasks, copy to the device), `launch` (compute), `finish`
+(results on the CPU). On CUDA the first and the last only queue work on streams, so that the runtime can stage the
+next batch while this one computes; on the CPU they are plain function calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from p2pmoe.errors import SchemaError
+from p2pmoe.server.task_pool import Batch
+
+Flat = tuple[torch.Tensor, ...]
+
+
+@dataclass(slots=True)
+class Staged:
+    """A batch whose merged inputs are, or will be, on the device."""
+
+    batch: Batch
+    inputs: Flat
+    ready: Any = None  # CUDA event: the copy to the device is done
+
+
+@dataclass(slots=True)
+class Launched:
+    """A batch whose results are, or will be, on the CPU."""
+
+    batch: Batch
+    outputs: Flat
+    done: Any = None  # CUDA event: the copy from the device is done
+
+
+class Device(Protocol):
+    """CPU and CUDA behave alike."""
+
+    prefetches: bool
+    """Whether staging the next batch while one computes gains anything."""
+
+    def stage(self, batch: Batch) -> Staged:
+        """Merge the tasks and start copying them to the device."""
+
+    def launch(self, staged: Staged) -> Launched:
+        """Compute and start copying the results back."""
+
+    def finish(self, launched: Launched) -> Flat:
+        """The results, on the CPU and complete."""
+
+
+def open_device(name: str) -> Device:
+    """The device of a torch name such as "cpu" or "cuda:1"."""
+    device = torch.device(name)
+    return CudaDevice(device) if device.type == "cuda" else PlainDevice(device)
+
+
+def merge(batch: Batch) -> Flat:
+    """Inputs of all tasks, one after the other. A batch of one task is handed on as it lies."""
+    if len(batch.tasks) == 1:
+        return batch.tasks[0].tensors
+    return tuple(torch.cat(column) for column in zip(*(task.tensors for task in batch.tasks), strict=True))
+
+
+def check_rows(batch: Batch, outputs: Flat) -> None:
+    """That an expert gave as many rows as it got."""
+    for index, output in enumerate(outputs):
+        if output.ndim == 0 or len(output) != batch.rows:
+            got = list(output.shape)
+            raise SchemaError(f"{batch.pool.uid}: output {index} has shape {got} for a batch of {batch.rows} rows")
+
+
+class PlainDevice:
+    """The CPU, and any device that needs no staging of its own."""
+
+    prefetches = False
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __repr__(self) -> str:
+        return f"<PlainDevice {self._device}>"
+
+    def stage(self, batch: Batch) -> Staged:
+        return Staged(batch, tuple(tensor.to(self._device) for tensor in merge(batch)))
+
+    def launch(self, staged: Staged) -> Launched:
+        outputs = staged.batch.pool.process_function(*staged.inputs)
+        check_rows(staged.batch, outputs)
+        return Launched(staged.batch, outputs)
+
+    def finish(self, launched: Launched) -> Flat:
+        return tuple(output.detach().to("cpu") for output in launched.outputs)
+
+
+class CudaDevice:
+    """One GPU: pinned staging, copies on streams of their own, so that they overlap with computing."""
+
+    prefetches = True
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copy_in = torch.cuda.Stream(device)
+        self._copy_out = torch.cuda.Stream(device)
+        self._compute = torch.cuda.Stream(device)
+
+    def __repr__(self) -> str:
+        return f"<CudaDevice {self._device}>"
+
+    def stage(self, batch: Batch) -> Staged:
+        with torch.cuda.stream(self._copy_in):
+            inputs = tuple(
+                self._pin(column).to(self._device, non_blocking=True)
+                for column in zip(*(task.tensors for task in batch.tasks), strict=True)
+            )
+            ready = torch.cuda.Event()
+            ready.record(self._copy_in)
+        return Staged(batch, inputs, ready)
+
+    def launch(self, staged: Staged) -> Launched:
+        with torch.cuda.stream(self._compute):
+            self._compute.wait_event(staged.ready)
+            for tensor in staged.inputs:
+                tensor.record_stream(self._compute)
+            outputs = staged.batch.pool.process_function(*staged.inputs)
+            check_rows(staged.batch, outputs)
+            computed = torch.cuda.Event()
+            computed.record(self._compute)
+        with torch.cuda.stream(self._copy_out):
+            self._copy_out.wait_event(computed)
+            on_cpu = []
+            for output in outputs:
+                output.record_stream(self._copy_out)
+                pinned = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+                on_cpu.append(pinned.copy_(output.detach(), non_blocking=True))
+            done = torch.cuda.Event()
+            done.record(self._copy_out)
+        return Launched(staged.batch, tuple(on_cpu), done)
+
+    def finish(self, launched: Launched) -> Flat:
+        launched.done.synchronize()
+        return launched.outputs
+
+    @staticmethod
+    def _pin(column: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The tasks' rows merged straight into pinned memory: one copy, as the plain merge needs too."""
+        rows = sum(len(tensor) for tensor in column)
+        first = column[0]
+        pinned = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, pin_memory=True)
+        return torch.cat(column, out=pinned)

@@ -1,0 +1,246 @@
+"""What a node does with a call: check it against the expert's schema, queue it, answer. A `rpc.base.Service`.
+
+Knows pools and schemas; nothing of HTTP, of the DHT, or of how a batch is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from p2pmoe.errors import BadRequestError, CallError, DrainingError, ExpertFailedError, UnknownExpertError
+from p2pmoe.metrics import NodeMetrics
+from p2pmoe.protocol.frames import Frame
+from p2pmoe.protocol.messages import RequestHeader, TensorHeader
+from p2pmoe.protocol.nested import nested_flatten
+from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tensor, schema_to_json
+from p2pmoe.rpc.base import Flat
+from p2pmoe.server.backend import ExpertBackend
+from p2pmoe.server.replay import ReplayWindow
+from p2pmoe.server.runtime import Runtime
+from p2pmoe.server.task_pool import Batch, TaskPool
+
+_READY_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One expert and pass: what is expected, where it goes, how the results travel."""
+
+    pool: TaskPool
+    schema: Any
+    protos: tuple[BatchTensorProto, ...]
+    expected: tuple[tuple[str, tuple[int, ...]], ...]
+    result_codecs: tuple[str, ...]
+
+
+class ExpertHandlers:
+    """The service of one node.
+
+    Args:
+        backends: the experts; each belongs to one of the runtimes.
+        runtimes: the devices to wake.
+        metrics: where calls are counted.
+        peer_id: named in every info document.
+    """
+
+    def __init__(
+        self,
+        backends: Iterable[ExpertBackend],
+        runtimes: Iterable[Runtime],
+        *,
+        metrics: NodeMetrics,
+        peer_id: str,
+        replay: ReplayWindow | None = None,
+    ) -> None:
+        self.backends = {backend.name: backend for backend in backends}
+        self._runtimes = list(runtimes)
+        self._metrics = metrics
+        self._peer_id = peer_id
+        self._replay = replay or ReplayWindow()
+        self._passes = {
+            (uid, name): plan for uid, backend in self.backends.items() for name, plan in _plan_passes(backend).items()
+        }
+        self._requests: Counter[str] = Counter()
+        self._draining = False
+        self._last_ready = (0.0, False)
+
+    def __repr__(self) -> str:
+        state = "draining" if self._draining else "serving"
+        return f"<ExpertHandlers: {len(self.backends)} experts, {state}, {self._replay}>"
+
+    # -- rpc.base.Service
+
+    def admit(self, header: RequestHeader) -> None:
+        """See `Service.admit`."""
+        try:
+            if self._draining:
+                raise DrainingError("the node is shutting down; ask another provider")
+            plan = self._plan(header)
+            _check_schema(plan, header)
+        except CallError as error:
+            self._metrics.requests.labels(*self._labels(header), str(error.code)).inc()
+            raise
+
+    def submit(self, frame: Frame[RequestHeader]) -> asyncio.Future[Flat]:
+        """See `Service.submit`."""
+        header = frame.header
+        plan = self._plan(header)
+        timeout_ms = header.parameters.timeout_ms
+        deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1e3
+        if header.parameters.direction == "forward" or not header.id:
+            return plan.pool.submit(frame.tensors, deadline=deadline).future
+        repeated = self._replay.repeat(header.id, header.model_name)
+        if repeated is not None:
+            return repeated
+        task = plan.pool.submit(frame.tensors, deadline=deadline)
+        return self._replay.first(header.id, header.model_name, plan.pool, task)
+
+    def result_codecs(self, header: RequestHeader) -> tuple[str, ...]:
+        """See `Service.result_codecs`."""
+        return self._plan(header).result_codecs
+
+    def flush(self) -> None:
+        """See `Service.flush`."""
+        for runtime in self._runtimes:
+            runtime.wake()
+
+    def experts(self) -> dict[str, Any]:
+        """See `Service.experts`."""
+        return {uid: self.expert(uid) for uid in sorted(self.backends)}
+
+    def expert(self, uid: str) -> dict[str, Any]:
+        """See `Service.expert`."""
+        backend = self._backend(uid)
+        info = backend.get_info()
+        inputs, outputs = nested_flatten(backend.forward_schema), nested_flatten(backend.outputs_schema)
+        return {
+            "uid": uid,
+            "peer_id": self._peer_id,
+            "forward_schema": schema_to_json(info["forward_schema"]),
+            "outputs_schema": schema_to_json(info["outputs_schema"]),
+            "keyword_names": list(info["keyword_names"]),
+            "schema_digest": info["schema_digest"],
+            "updates": info["updates"],
+            "requests": self._requests[uid],
+            "oip": {
+                "name": uid,
+                "versions": ["1"],
+                "platform": "p2pmoe",
+                "inputs": _oip_tensors(inputs),
+                "outputs": _oip_tensors(outputs),
+            },
+        }
+
+    async def ready(self) -> bool:
+        """Whether an expert computes: one real forward of one row, at most once a second."""
+        checked_at, was_ready = self._last_ready
+        if time.monotonic() - checked_at < 1.0:
+            return was_ready
+        is_ready = await self._try_forward()
+        self._last_ready = (time.monotonic(), is_ready)
+        return is_ready
+
+    @property
+    def draining(self) -> bool:
+        """See `Service.draining`."""
+        return self._draining
+
+    # -- of the node
+
+    def drain(self) -> None:
+        """Refuse new calls from now on."""
+        self._draining = True
+
+    def observe_batch(self, batch: Batch, seconds: float, succeeded: bool) -> None:
+        """Count a batch; called on the device thread."""
+        uid, _, name = batch.pool.uid.rpartition("/")
+        self._requests[uid] += len(batch.tasks)
+        self._metrics.requests.labels(uid, name, "ok" if succeeded else "500").inc(len(batch.tasks))
+        if not succeeded:
+            return
+        self._metrics.compute_seconds.labels(uid, name).observe(seconds)
+        self._metrics.batch_size.labels(uid, name).observe(batch.rows)
+        self._metrics.queue_seconds.labels(uid, name).observe(batch.taken_at - batch.tasks[0].arrived)
+        if name == "backward":
+            self._metrics.updates.labels(uid).inc()
+
+    # -- private
+
+    def _backend(self, uid: str) -> ExpertBackend:
+        backend = self.backends.get(uid)
+        if backend is None:
+            raise UnknownExpertError(f"this node does not host {uid[:128]!r}; look it up again, it may have moved")
+        return backend
+
+    def _plan(self, header: RequestHeader) -> _Pass:
+        plan = self._passes.get((header.model_name, header.parameters.direction))
+        if plan is None:
+            self._backend(header.model_name)
+            raise BadRequestError(f"pass must be 'forward' or 'backward', got {header.parameters.direction[:32]!r}")
+        return plan
+
+    def _labels(self, header: RequestHeader) -> tuple[str, str]:
+        """Never a name that a stranger made up: labels cost memory for ever."""
+        known = (header.model_name, header.parameters.direction) in self._passes
+        return (header.model_name, header.parameters.direction) if known else ("unknown", "unknown")
+
+    async def _try_forward(self) -> bool:
+        if not self.backends:
+            return True
+        backend = next(iter(self.backends.values()))
+        rows = [proto.make_zeros(1) for proto in nested_flatten(backend.forward_schema)]
+        try:
+            async with asyncio.timeout(_READY_TIMEOUT_S):
+                await backend.forward_pool.submit_task(*rows)
+        except (TimeoutError, CallError, ExpertFailedError):
+            return False
+        return True
+
+
+def _plan_passes(backend: ExpertBackend) -> dict[str, _Pass]:
+    inputs, outputs = nested_flatten(backend.forward_schema), nested_flatten(backend.outputs_schema)
+    forward, backward = backend.get_pools()
+    return {
+        "forward": _make_pass(forward, backend.forward_schema, inputs, outputs),
+        "backward": _make_pass(backward, backend.backward_schema, inputs + outputs, inputs),
+    }
+
+
+def _make_pass(pool: TaskPool, schema: Any, protos: tuple[Any, ...], results: tuple[Any, ...]) -> _Pass:
+    return _Pass(
+        pool=pool,
+        schema=schema,
+        protos=protos,
+        expected=tuple((proto.datatype, proto.shape) for proto in protos),
+        result_codecs=tuple(proto.codec for proto in results),
+    )
+
+
+def _check_schema(plan: _Pass, header: RequestHeader) -> None:
+    """That the tensors are those of the schema, with the same number of rows, at least one. Raises BadRequestError."""
+    tensors = header.inputs
+    received = tuple((tensor.datatype, tensor.shape[1:]) for tensor in tensors)
+    rows = {tensor.shape[0] if tensor.shape else 0 for tensor in tensors}
+    if received == plan.expected and len(rows) == 1 and 0 not in rows and _names_in_order(tensors):
+        return
+    got = ", ".join(format_tensor(tensor.shape, tensor.datatype[:16]) for tensor in tensors[:16])
+    raise BadRequestError(
+        f"{plan.pool.uid} expects tensors '0' to '{len(plan.expected) - 1}' {format_schema(plan.schema)} "
+        f"of one batch size ≥ 1, received ({got})"
+    )
+
+
+def _names_in_order(tensors: tuple[TensorHeader, ...]) -> bool:
+    return all(tensor.name == str(index) for index, tensor in enumerate(tensors))
+
+
+def _oip_tensors(protos: tuple[Any, ...]) -> list[dict[str, Any]]:
+    return [
+        {"name": str(index), "datatype": proto.datatype, "shape": [-1, *proto.shape]}
+        for index, proto in enumerate(protos)
+    ]

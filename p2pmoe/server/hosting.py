@@ -1,0 +1,87 @@
+"""Builds the experts that `[experts]` asks for. Knows config sections and modules; nothing of calls or peers."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from p2pmoe.config import BatchingConfig, ExpertsConfig, OptimizerConfig
+from p2pmoe.errors import ConfigError
+from p2pmoe.experts.uid import expand_pattern
+from p2pmoe.server.backend import ExpertBackend
+from p2pmoe.server.layers import make_expert
+from p2pmoe.server.optimizers import make_optimizer
+
+
+def make_backends(
+    experts: ExpertsConfig, batching: BatchingConfig, optimizer: OptimizerConfig, devices: Sequence[str]
+) -> list[ExpertBackend]:
+    """One backend a uid, dealt to the devices in turn.
+
+    Raises:
+        InvalidUidError: a pattern breaks the grammar.
+        ConfigError: the kind, its options, the optimizer or a device is wrong, or a uid is named twice.
+    """
+    for name in experts.modules:
+        _import(name)
+    uids = [uid for pattern in experts.uids for uid in expand_pattern(pattern)]
+    if len(set(uids)) != len(uids):
+        twice = next(uid for uid in uids if uids.count(uid) > 1)
+        raise ConfigError(f"experts.uids: {twice} is named twice")
+    options = {
+        "max_batch_size": batching.max_batch_size,
+        "min_batch_size": batching.min_batch_size,
+        "max_queue_delay_ms": batching.max_queue_delay_ms,
+        "max_queue_size": batching.max_queue_size,
+        "priority": batching.priority,
+    }
+    backends = []
+    for index, uid in enumerate(uids):
+        with torch.random.fork_rng(devices=[]):
+            if experts.seed is not None:
+                torch.manual_seed(_seed_of(experts.seed, uid))
+            module, args_schema, kwargs_schema = make_expert(experts.kind, experts.hidden_dim, experts.options)
+        module = _to_device(module, devices[index % len(devices)])
+        trained = make_optimizer(module.parameters(), optimizer)
+        backends.append(
+            ExpertBackend(uid, module, trained, args_schema=args_schema, kwargs_schema=kwargs_schema, **options)
+        )
+    return backends
+
+
+def _to_device(module: torch.nn.Module, name: str) -> torch.nn.Module:
+    try:
+        return module.to(torch.device(name))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"devices: {name!r} cannot be used: {reason}; devices = ['cpu'] always works") from error
+
+
+def _seed_of(seed: int, uid: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{uid}".encode()).digest()[:7], "big")
+
+
+def _import(name: str) -> None:
+    """A module of the node's owner, by dotted name or by path; it calls `register_expert_class`."""
+    try:
+        if not name.endswith(".py"):
+            importlib.import_module(name)
+            return
+        path = Path(name).resolve()
+        module_name = f"p2pmoe_user_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+        if module_name in sys.modules:
+            return
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"experts.modules: {name} is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise ConfigError(f"experts.modules: {name} cannot be imported: {error}") from error

@@ -1,0 +1,160 @@
+"""Built-in experts and the register of the user's own. Plain modules: they know nothing of being served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from p2pmoe.errors import ConfigError, SchemaError
+from p2pmoe.protocol.nested import nested_map
+from p2pmoe.protocol.schema import BatchTensorProto
+from p2pmoe.server.backend import DUMMY_BATCH_SIZE
+
+ModuleClass = TypeVar("ModuleClass", bound=Callable[..., nn.Module])
+SampleInput = Callable[[int, int], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertClass:
+    """A registered kind of expert."""
+
+    make: Callable[..., nn.Module]
+    sample_input: SampleInput
+
+
+expert_classes: dict[str, ExpertClass] = {}
+
+
+def register_expert_class(name: str, sample_input: SampleInput) -> Callable[[ModuleClass], ModuleClass]:
+    """A decorator that makes a module class available as `[experts] kind` in node.toml.
+
+    Args:
+        name: the kind.
+        sample_input: `(batch_size, hidden_dim)` -> what the module is called with: a tensor, a tuple of
+            positional arguments, or a dict of keyword arguments; tensors of [batch_size, …] or BatchTensorProto.
+
+    The class is made as `cls(hidden_dim, **options)`. An instance with attributes `args_schema` or `kwargs_schema`
+    speaks for itself: then `sample_input` is not asked. Raises ConfigError when the name is taken.
+    """
+
+    def register(make: ModuleClass) -> ModuleClass:
+        if name in expert_classes and expert_classes[name].make is not make:
+            raise ConfigError(f"expert class {name!r} is registered already; choose another name")
+        expert_classes[name] = ExpertClass(make, sample_input)
+        return make
+
+    return register
+
+
+def make_expert(
+    kind: str, hidden_dim: int, options: dict[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A module of a registered kind, with the schemas of its arguments.
+
+    Raises:
+        ConfigError: the kind is unknown or does not take these options.
+    """
+    expert_class = expert_classes.get(kind)
+    if expert_class is None:
+        known = ", ".join(sorted(expert_classes))
+        raise ConfigError(f"experts.kind: unknown kind {kind!r}; known: {known}; list your own in experts.modules")
+    try:
+        module = expert_class.make(hidden_dim, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"experts.options: {kind} does not take hidden_dim={hidden_dim}, {options}: {error}"
+        ) from error
+    args = getattr(module, "args_schema", None)
+    kwargs = getattr(module, "kwargs_schema", None)
+    if args is None and kwargs is None:
+        sample = expert_class.sample_input(DUMMY_BATCH_SIZE, hidden_dim)
+        args, kwargs = ((), sample) if isinstance(sample, dict) else (sample, {})
+        args = args if isinstance(args, tuple) else (args,)
+    return module, nested_map(_as_proto, tuple(args or ())), nested_map(_as_proto, dict(kwargs or {}))
+
+
+def _as_proto(value: Any) -> BatchTensorProto:
+    if isinstance(value, BatchTensorProto):
+        return value
+    if isinstance(value, torch.Tensor):
+        return BatchTensorProto.from_tensor(value)
+    raise SchemaError(f"sample_input must give tensors or BatchTensorProto, got {type(value).__name__}")
+
+
+def _rows(batch_size: int, hidden_dim: int) -> torch.Tensor:
+    return torch.empty(batch_size, hidden_dim)
+
+
+@register_expert_class("ffn", _rows)
+class FeedforwardExpert(nn.Module):
+    """[B, hidden] -> [B, hidden]: two linear layers with a GELU between them, `inner_dim` wide (4 × hidden)."""
+
+    def __init__(self, hidden_dim: int, *, inner_dim: int | None = None) -> None:
+        super().__init__()
+        inner_dim = inner_dim or 4 * hidden_dim
+        self.up = nn.Linear(hidden_dim, inner_dim)
+        self.activation = nn.GELU()
+        self.down = nn.Linear(inner_dim, hidden_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(self.activation(self.up(x)))
+        return y
+
+
+@register_expert_class("transformer", lambda batch_size, hidden_dim: torch.empty(batch_size, 64, hidden_dim))
+class TransformerExpert(nn.Module):
+    """[B, seq_len, hidden] -> the same: one pre-norm transformer encoder layer without dropout."""
+
+    def __init__(self, hidden_dim: int, *, seq_len: int = 64, num_heads: int = 8, inner_dim: int | None = None) -> None:
+        super().__init__()
+        self.args_schema = (BatchTensorProto(seq_len, hidden_dim),)
+        self.layer = nn.TransformerEncoderLayer(
+            hidden_dim, num_heads, inner_dim or 4 * hidden_dim, dropout=0.0, batch_first=True, norm_first=True
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        return y
+
+
+@register_expert_class("nop", _rows)
+class NopExpert(nn.Module):
+    """[B, hidden] -> a copy. For tests and benchmarks: what a call costs when the expert costs nothing."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.hidden_dim = hidden_dim
+        self.weight = nn.Parameter(torch.zeros(0))  # optimizers refuse to have nothing to train
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+
+@register_expert_class(
+    "det_dropout",
+    lambda batch_size, hidden_dim: (
+        torch.empty(batch_size, hidden_dim),
+        torch.zeros(batch_size, hidden_dim, dtype=torch.uint8),
+    ),
+)
+class DeterministicDropoutExpert(nn.Module):
+    """([B, hidden], keep mask uint8 [B, hidden]) -> [B, hidden]: dropout whose mask the caller draws.
+
+    The server recomputes forward in every backward call, so randomness must travel with the call.
+    """
+
+    def __init__(self, hidden_dim: int, *, dropout: float = 0.2) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.keep = 1.0 - dropout
+        self.up = nn.Linear(hidden_dim, 2 * hidden_dim)
+        self.down = nn.Linear(2 * hidden_dim, hidden_dim)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(torch.relu(self.up(x * mask.to(x.dtype) / self.keep)))
+        return y

@@ -1,0 +1,221 @@
+"""One thread a device: takes the pool whose oldest task has waited longest, computes, hands back results.
+
+Knows pools and devices; nothing of experts, HTTP or schemas. A class has a thread; it is not one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from p2pmoe.errors import CallError, DrainingError, ExpertFailedError
+from p2pmoe.server.devices import Device, Launched, Staged, open_device
+from p2pmoe.server.task_pool import Batch, Task, TaskPool
+
+logger = logging.getLogger(__name__)
+
+_IDLE_S = 60.0  # how long the thread sleeps when nothing is queued; any submit wakes it
+BatchObserver = Callable[[Batch, float, bool], None]
+
+
+class Runtime:
+    """Computes the batches of pools on one device.
+
+    Args:
+        pools: the pools to serve; `add` takes more later.
+        device: a torch device name.
+        on_batch: told of every batch, its seconds and whether it succeeded, on the device thread.
+    """
+
+    def __init__(
+        self, pools: Iterable[TaskPool] = (), *, device: str = "cpu", on_batch: BatchObserver | None = None
+    ) -> None:
+        self.device = device
+        self._on_batch = on_batch
+        self._waiting: dict[TaskPool, None] = {}
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._rung = False
+        self._closing = False
+        self._pools: list[TaskPool] = []
+        self._running = 0
+        self._thread: threading.Thread | None = None
+        for pool in pools:
+            self.add(pool)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Runtime {self.device}: {len(self._pools)} pools, {len(self._waiting)} waiting, {self._running} running>"
+        )
+
+    @property
+    def tasks_waiting(self) -> int:
+        return sum(len(pool) for pool in self._pools)
+
+    @property
+    def tasks_running(self) -> int:
+        return self._running
+
+    def add(self, pool: TaskPool) -> None:
+        """Serve one more pool."""
+        pool.runtime = self
+        self._pools.append(pool)
+        if len(pool):
+            self.queued(pool)
+
+    def start(self) -> None:
+        """Start the device thread."""
+        self._thread = threading.Thread(target=self._run, name=f"p2pmoe-device-{self.device}", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Let the running batch end, fail what still waits with DrainingError, end the thread."""
+        self._closing = True
+        self._rung = False
+        self.wake()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                logger.warning("device %s is still computing after %.1f s; leaving it", self.device, timeout_s)
+            self._thread = None
+        for pool in self._pools:
+            _deliver_error(pool.drain(), DrainingError(f"{pool.uid}: the node is shutting down"))
+
+    def queued(self, pool: TaskPool) -> None:
+        """See `Waker`."""
+        self._waiting[pool] = None
+
+    def wake(self) -> None:
+        """See `Waker`."""
+        if not self._rung:
+            self._rung = True
+            self._bell.put(None)
+
+    # -- the device thread
+
+    def _run(self) -> None:
+        device = open_device(self.device)
+        staged: Staged | None = None
+        while not self._closing:
+            if staged is None:
+                batch = self._wait_for_batch()
+                staged = None if batch is None else self._stage(device, batch)
+                continue
+            started = time.perf_counter()
+            launched = self._launch(device, staged)
+            staged = None
+            if device.prefetches and (following := self._take_now()[0]) is not None:
+                staged = self._stage(device, following)
+            if launched is not None:
+                self._finish(device, launched, started)
+        if staged is not None:
+            _deliver_error(staged.batch.tasks, DrainingError("the node is shutting down"))
+
+    def _wait_for_batch(self) -> Batch | None:
+        batch, delay_s = self._take_now()
+        if batch is None:
+            with contextlib.suppress(queue.Empty):
+                self._bell.get(timeout=delay_s)
+        return batch
+
+    def _take_now(self) -> tuple[Batch | None, float]:
+        """The batch to compute now, or how many seconds nothing will be ready unless somebody rings."""
+        self._rung = False
+        while not self._bell.empty():
+            self._bell.get_nowait()
+        now = time.monotonic()
+        best: tuple[int, float] | None = None
+        chosen: TaskPool | None = None
+        delay_s = _IDLE_S
+        for pool in list(self._waiting):
+            ready_at = pool.ready_at()
+            if ready_at is None:
+                self._forget(pool)
+            elif ready_at > now:
+                delay_s = min(delay_s, ready_at - now)
+            elif best is None or (-pool.priority, ready_at) < best:
+                best, chosen = (-pool.priority, ready_at), pool
+        return (chosen.take_batch() if chosen is not None else None), (0.0 if chosen is not None else delay_s)
+
+    def _forget(self, pool: TaskPool) -> None:
+        self._waiting.pop(pool, None)
+        if len(pool):  # a task came in between
+            self._waiting[pool] = None
+
+    def _stage(self, device: Device, batch: Batch) -> Staged | None:
+        self._running += len(batch.tasks)
+        try:
+            return device.stage(batch)
+        except BaseException as error:  # noqa: BLE001 - the thread must outlive any expert
+            self._fail(batch, error)
+            return None
+
+    def _launch(self, device: Device, staged: Staged) -> Launched | None:
+        try:
+            return device.launch(staged)
+        except BaseException as error:  # noqa: BLE001
+            self._fail(staged.batch, error)
+            return None
+
+    def _finish(self, device: Device, launched: Launched, started: float) -> None:
+        batch = launched.batch
+        try:
+            outputs = device.finish(launched)
+        except BaseException as error:  # noqa: BLE001
+            self._fail(batch, error)
+            return
+        self._running -= len(batch.tasks)
+        _deliver(batch.tasks, outputs)
+        if self._on_batch is not None:
+            self._on_batch(batch, time.perf_counter() - started, True)
+
+    def _fail(self, batch: Batch, error: BaseException) -> None:
+        self._running -= len(batch.tasks)
+        logger.warning(
+            "%s: a batch of %d calls failed: %s: %s", batch.pool.uid, len(batch.tasks), type(error).__name__, error
+        )
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        if self._on_batch is not None:
+            self._on_batch(batch, 0.0, False)
+        reason = str(error).partition("\n")[0][:500]
+        _deliver_error(
+            batch.tasks, ExpertFailedError(f"{batch.pool.uid}: the expert failed: {type(error).__name__}: {reason}")
+        )
+
+
+def _deliver(tasks: list[Task], outputs: tuple[torch.Tensor, ...]) -> None:
+    """Split the rows among the tasks and resolve their futures on their loop, in one crossing."""
+    if len(tasks) == 1:
+        results = [outputs]
+    else:
+        sizes = [task.rows for task in tasks]
+        results = list(zip(*(torch.split(output, sizes) for output in outputs), strict=True))
+    _call_on_loop(tasks, lambda: _resolve(tasks, results))
+
+
+def _deliver_error(tasks: list[Task], error: CallError) -> None:
+    if tasks:
+        _call_on_loop(tasks, lambda: _reject(tasks, error))
+
+
+def _call_on_loop(tasks: list[Task], function: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        tasks[0].future.get_loop().call_soon_threadsafe(function)
+
+
+def _resolve(tasks: list[Task], results: list[tuple[torch.Tensor, ...]]) -> None:
+    for task, result in zip(tasks, results, strict=True):
+        if not task.future.done():
+            task.future.set_result(result)
+
+
+def _reject(tasks: list[Task], error: CallError) -> None:
+    for task in tasks:
+        if not task.future.done():
+            task.future.set_exception(error)

@@ -1,0 +1,1 @@
+"""Training tasks for the command line."""
