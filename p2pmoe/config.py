@@ -197,6 +197,18 @@ class NodeConfig(Section, frozen=True):
         return plain
 
 
+def parse_host_port(text: str, *, what: str = "address") -> tuple[str, int]:
+    """`HOST:PORT` or `[IPv6]:PORT` as a pair. Raises ConfigError for anything else."""
+    host, separator, port = text.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ConfigError(f"{what} {text!r} is ambiguous; write an IPv6 address as [::1]:31337")
+    if not separator or not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise ConfigError(f"{what} {text!r} is not HOST:PORT with a port from 1 to 65535, e.g. 127.0.0.1:31337")
+    return host, int(port)
+
+
 def _copy_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy_tree(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
 

@@ -66,6 +66,8 @@ class Node:
         self._endpoint: Endpoint | None = None
         self.directory: ExpertDirectory | None = None
         self.handlers: ExpertHandlers | None = None
+        self.stage = "settings"
+        """What `start` is doing, or was doing when it failed."""
 
     def __repr__(self) -> str:
         where = self._endpoint or "not started"
@@ -126,7 +128,9 @@ class Node:
         config = self.config
         if config.torch_threads is not None:
             torch.set_num_threads(config.torch_threads)
+        self.stage = "identity"
         self._identity = _open_identity(config)
+        self.stage = "experts"
         self.backends = self._given + make_backends(config.experts, config.batching, config.optimizer, config.devices)
         runtimes = self._start_runtimes(parts)
         self.handlers = ExpertHandlers(
@@ -135,8 +139,11 @@ class Node:
         for backend in self.backends:
             for pool in backend.get_pools():
                 runtimes[str(backend.device)].add(pool)
+        self.stage = "http"
         await self._start_http(parts, self.handlers)
+        self.stage = "dht"
         await self._start_dht(parts, self._identity)
+        self.stage = "serving"
         self._watch(runtimes)
 
     def _start_runtimes(self, parts: contextlib.AsyncExitStack) -> dict[str, Runtime]:
@@ -175,9 +182,10 @@ class Node:
 
     def _watch(self, runtimes: dict[str, Runtime]) -> None:
         every = list(runtimes.values())
-        self.metrics.waiting.set_function(lambda: sum(runtime.tasks_waiting for runtime in every))
-        self.metrics.running.set_function(lambda: sum(runtime.tasks_running for runtime in every))
-        self.metrics.dht_peers.set_function(lambda: self.dht.peer_count)
+        watch = self.metrics.watch
+        watch("p2pmoe_requests_waiting", "Calls queued.", lambda: sum(each.tasks_waiting for each in every))
+        watch("p2pmoe_requests_running", "Calls on a device.", lambda: sum(each.tasks_running for each in every))
+        watch("p2pmoe_dht_peers", "Peers in the routing table.", lambda: self.dht.peer_count)
 
 
 @contextlib.contextmanager

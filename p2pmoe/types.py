@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, NewType
 
-from p2pmoe.errors import ConfigError
-
 PeerId = NewType("PeerId", str)
 """The name of a peer: 32 lower-case base32 characters of the 20-byte node id made from its public key."""
 
@@ -38,18 +36,6 @@ class Endpoint:
 
     def with_public_key(self, public_key: bytes) -> Endpoint:
         return replace(self, public_key=public_key)
-
-
-def parse_host_port(text: str, *, what: str = "address") -> tuple[str, int]:
-    """`HOST:PORT` or `[IPv6]:PORT` as a pair. Raises ConfigError for anything else."""
-    host, separator, port = text.strip().rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise ConfigError(f"{what} {text!r} is ambiguous; write an IPv6 address as [::1]:31337")
-    if not separator or not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
-        raise ConfigError(f"{what} {text!r} is not HOST:PORT with a port from 1 to 65535, e.g. 127.0.0.1:31337")
-    return host, int(port)
 
 
 def format_host_port(host: str, port: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from p2pmoe.errors import DecodeError
@@ -40,7 +41,7 @@ class Directory(Protocol):
         """Forget that."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ExpertInfo:
     """Schemas of an expert, as its provider states them and as their digest proves."""
 
@@ -49,6 +50,12 @@ class ExpertInfo:
     inputs: tuple[BatchTensorProto, ...]
     outputs: tuple[BatchTensorProto, ...]
     schema_digest: str
+
+    @cached_property
+    def takes_plain_args(self) -> bool:
+        """Whether the arguments are positional tensors without nesting or keywords."""
+        args, kwargs = self.forward_schema
+        return not kwargs and all(isinstance(each, BatchTensorProto) for each in args)
 
     @classmethod
     def from_json(cls, document: Any, *, expected_digest: str) -> ExpertInfo:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from p2pmoe.protocol.frames import EncodedFrame, Frame, describe_tensors, encode
 from p2pmoe.protocol.messages import RequestHeader, RequestParameters, ResponseHeader, new_call_id
 from p2pmoe.protocol.schema import BatchTensorProto, format_tensor
 from p2pmoe.rpc.base import Flat, Transport
+from p2pmoe.rpc.doorbell import Doorbell, thread_doorbell
 from p2pmoe.types import Endpoint, Pass
 
 _MERGE_BYTES = 1024 * 1024  # groups are merged into one exchange up to this size
@@ -96,8 +97,7 @@ class CallGroup:
         self._grace_s = grace_s
         self._missing = len(self.calls)
         self._grace: asyncio.TimerHandle | None = None
-        self._gate = threading.Lock()  # held until the caller may go on: the cheapest one-shot event there is
-        self._gate.acquire()
+        self._bell: Doorbell | None = None
         self._opened = False
         self._notify: Callable[[], None] | None = None
 
@@ -124,7 +124,8 @@ class CallGroup:
         self._opened = True
         if self._grace is not None:
             self._grace.cancel()
-        self._gate.release()
+        if self._bell is not None:
+            self._bell.ring()
         if self._notify is not None:
             self._notify()
 
@@ -132,7 +133,10 @@ class CallGroup:
 
     def wait(self, timeout_s: float) -> None:
         """Block until every call is answered, the grace is over, or `timeout_s` has passed."""
-        self._gate.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
+        self._bell = bell = thread_doorbell()
+        deadline = time.monotonic() + timeout_s
+        while not self._opened and (left_s := deadline - time.monotonic()) > 0:
+            bell.wait(left_s)  # may be a late ring of an earlier group: look again
 
     async def wait_async(self, timeout_s: float) -> None:
         """The same from a coroutine of any loop."""
@@ -243,7 +247,7 @@ class Dispatcher:
             replies = self._transport.exchange(endpoint, frames, lambda header: self._inspect(waiting, header))
             async with contextlib.aclosing(replies):
                 while waiting and (frame := await anext(replies, None)) is not None:
-                    self._receive(waiting, frame)
+                    reason = self._receive(waiting, frame) or reason
                 if not waiting:
                     # Read the end of the body, so that the connection can serve the next exchange.
                     with contextlib.suppress(TimeoutError):
@@ -260,7 +264,7 @@ class Dispatcher:
     def _inspect(self, waiting: dict[str, Call], header: ResponseHeader) -> bool:
         call = waiting.get(header.id)
         if call is None:
-            return False
+            return not header.id and header.code != 200 and not header.outputs
         try:
             call.check(header)
         except DecodeError as error:
@@ -268,16 +272,19 @@ class Dispatcher:
             return False
         return True
 
-    def _receive(self, waiting: dict[str, Call], frame: Frame[ResponseHeader]) -> None:
+    def _receive(self, waiting: dict[str, Call], frame: Frame[ResponseHeader]) -> P2PMoEError | None:
+        """Give a call its result. An error without a call's id is returned: it ends the exchange for the rest."""
         call = waiting.get(frame.header.id)
-        if call is None:
-            return
         try:
             frame.header.raise_for_error()
         except P2PMoEError as error:
+            if call is None:
+                return None if frame.header.id else error
             self._finish(waiting, call, error)
         else:
-            self._finish(waiting, call, frame.tensors)
+            if call is not None:
+                self._finish(waiting, call, frame.tensors)
+        return None
 
     def _finish(self, waiting: dict[str, Call], call: Call, result: Flat | P2PMoEError) -> None:
         waiting.pop(call.id, None)

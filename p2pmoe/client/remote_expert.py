@@ -256,18 +256,20 @@ def _always_differentiable() -> torch.Tensor:
 
 def check_arguments(uid: str, info: ExpertInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flat:
     """Arguments as flat tensors in wire order; floating ones cast to the schema's dtype. Raises SchemaError."""
-    if not nested_compare((args, kwargs), info.forward_schema):
+    if info.takes_plain_args and not kwargs and len(args) == len(info.inputs):
+        flat = args  # no nesting to compare and to take apart
+    elif nested_compare((args, kwargs), info.forward_schema):
+        flat = nested_flatten((args, kwargs))
+    else:
         given = ", ".join([*(["…"] * len(args)), *(f"{key}=…" for key in kwargs)])
         raise SchemaError(
             f"{uid} takes positional {format_schema(info.forward_schema[0])} and keywords "
             f"{sorted(info.forward_schema[1])}; it was called as ({given})"
         )
-    flat = nested_flatten((args, kwargs))
     tensors = tuple(
         _cast(uid, index, value, proto) for index, (value, proto) in enumerate(zip(flat, info.inputs, strict=True))
     )
-    rows = {len(tensor) for tensor in tensors}
-    if len(rows) != 1:
+    if len(tensors) > 1 and len({len(tensor) for tensor in tensors}) != 1:
         raise SchemaError(f"{uid}: all tensors must have the same batch size, got {[len(each) for each in tensors]}")
     return tensors
 

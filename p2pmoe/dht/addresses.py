@@ -8,9 +8,10 @@ import ipaddress
 import socket
 from collections.abc import Sequence
 
+from p2pmoe.config import parse_host_port
 from p2pmoe.errors import AddressInUseError, ConfigError
 from p2pmoe.protocol.datagrams import Address, scope_of
-from p2pmoe.types import format_host_port, parse_host_port
+from p2pmoe.types import format_host_port
 
 
 def bind(host: str, port: int) -> socket.socket:

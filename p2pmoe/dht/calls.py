@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from p2pmoe.dht.timing import RoundTrip
+from p2pmoe.dht.timing import MIN_SLOW_S, RoundTrip
 from p2pmoe.protocol.datagrams import REPLY_OF, Address, Reply, Request
 
 MAX_IN_FLIGHT: Final = 64
@@ -99,7 +99,7 @@ class CallBook:
             call.rto_s = round_trip.rto_s
             call.transmissions, call.sent_at = 1, now
             # Nearly all calls are answered before this; only the others need further timers.
-            self._set_timer(call, now + min(round_trip.slow_s, call.rto_s), Delay.SLOW)
+            self._set_timer(call, now + min(self._slow_s(round_trip), call.rto_s), Delay.SLOW)
             yield call
 
     def replied(self, reply: Reply, address: Address, now: float) -> Call | None:
@@ -189,6 +189,13 @@ class CallBook:
 
     def _round_trip(self, address: Address) -> RoundTrip:
         return self._round_trips.get(address, self.typical)
+
+    def _slow_s(self, round_trip: RoundTrip) -> float:
+        """By the path's own round trip, and by the variation of all paths where the path's own is less certain."""
+        if round_trip.srtt_s is None:
+            return round_trip.slow_s
+        usual_s = round_trip.srtt_s + max(4 * self.typical.variation_s, MIN_SLOW_S)
+        return min(round_trip.slow_s, usual_s)
 
     def _own_round_trip(self, address: Address) -> RoundTrip:
         measured = self._round_trips.setdefault(address, RoundTrip())

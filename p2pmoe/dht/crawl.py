@@ -20,6 +20,8 @@ from p2pmoe.protocol.datagrams import Contact, Found, Page, Paged, Reply, Reques
 ALPHA: Final = 5
 DEADLINE_S: Final = 5.0
 WANT_CONTACTS: Final = 12
+READING_GRACE_S: Final = 0.5
+"""How long pages may still come when the look-up is done and some holder's records are complete."""
 
 
 class Crawl:
@@ -49,6 +51,7 @@ class Crawl:
         self._message = protocol.find_message
         self._want = want
         self._pages: set[Call] = set()
+        self._grace: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._finished: asyncio.Future[None] = self._loop.create_future()
 
@@ -62,6 +65,8 @@ class Crawl:
             pass
         finally:
             self._finished.cancel()
+            if self._grace is not None:
+                self._grace.cancel()
             for call in self._pages:
                 self._protocol.book.cancel(call)
         # Requests to nodes that are late go on: whether they are missed is the table's business.
@@ -71,7 +76,7 @@ class Crawl:
         if self._finished.done():
             return
         if self._quick and self.harvest is not None and self.harvest.agreed():
-            self._finished.set_result(None)
+            self._finish()
             return
         for contact in self.lookup.next_to_ask():
             self._protocol.call(
@@ -80,9 +85,16 @@ class Crawl:
                 partial(self._answered, contact),
                 partial(self._delayed, contact),
             )
-        is_reading = self.harvest is not None and self.harvest.is_reading
-        # A call that could not be queued has answered within the loop above.
-        if self.lookup.done and not is_reading and not self._finished.done():
+        if not self.lookup.done:
+            return
+        if self.harvest is None or not self.harvest.is_reading:
+            self._finish()
+        elif self.harvest.has_complete and self._grace is None:
+            # A holder that names pages without end, or doles them out, holds nobody up for long.
+            self._grace = self._loop.call_later(READING_GRACE_S, self._finish)
+
+    def _finish(self) -> None:
+        if not self._finished.done():
             self._finished.set_result(None)
 
     def _answered(self, contact: Contact, reply: Reply | None) -> None:
@@ -101,15 +113,20 @@ class Crawl:
             (self.lookup.late if delay is Delay.LATE else self.lookup.slow)(contact)
             self._advance()
 
-    def _ask_pages(self, requests: list[PageRequest], digest: bytes) -> None:
+    def _ask_pages(self, requests: list[PageRequest], digest: bytes, *, again: bool = False) -> None:
         for contact, index in requests:
 
             def make(call_id: bytes, sender: bytes, token: bytes, index: int = index) -> Request:
                 return Page(call_id, sender, token, self.key, index)
 
-            call = self._protocol.call(contact, make, partial(self._paged, contact, digest, index))
+            on_delay = None if again else partial(self._page_delayed, contact, digest, index)
+            call = self._protocol.call(contact, make, partial(self._paged, contact, digest, index), on_delay)
             if call is not None:
                 self._pages.add(call)
+
+    def _page_delayed(self, contact: Contact, digest: bytes, index: int, delay: Delay) -> None:
+        if delay is Delay.SLOW and self.harvest is not None and not self._finished.done():
+            self._ask_pages(self.harvest.elsewhere(contact, digest, index), digest, again=True)
 
     def _paged(self, contact: Contact, digest: bytes, index: int, reply: Reply | None) -> None:
         if self._finished.done() or self.harvest is None:

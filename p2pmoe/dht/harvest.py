@@ -17,7 +17,8 @@ from p2pmoe.protocol.datagrams import Contact, Found, Paged
 from p2pmoe.protocol.records import Record, Slot
 
 MAX_PAGES: Final = 512
-MAX_HOLDERS_PER_DIGEST: Final = 3
+MAX_PAGES_ASKED: Final = 2048
+"""Over all holders: some of them may have named pages that they do not have."""
 MAX_DIGESTS: Final = 16
 QUICK_AGREEMENT: Final = 2
 
@@ -32,7 +33,6 @@ class _RecordSetRead:
     holders: list[Contact] = field(default_factory=list)
     first_pages: dict[Contact, Found] = field(default_factory=dict)
     reader: Contact | None = None
-    tried: int = 0
     missing: set[int] = field(default_factory=set)
     records: dict[Slot, Record] = field(default_factory=dict)
     complete: bool = False
@@ -67,18 +67,32 @@ class Harvest:
     def paged(self, contact: Contact, digest: bytes, index: int, reply: Paged | None, now: float) -> list[PageRequest]:
         """The answer to a page request (None: there was none); returns further pages to ask for."""
         read = self._sets.get(digest)
-        if read is None or read.reader != contact or index not in read.missing:
+        if read is None or contact not in read.holders or index not in read.missing:
             return []
         if reply is None or not reply.pages:
-            return self._next_reader(read, now)
+            return self._next_reader(read, now) if contact == read.reader else []
         read.missing.discard(index)
         self._take(read, reply.records, now)
         return self._finish(digest, read, now) if not read.missing else []
+
+    def elsewhere(self, contact: Contact, digest: bytes, index: int) -> list[PageRequest]:
+        """Another holder of a page that this one is slow to send."""
+        read = self._sets.get(digest)
+        if read is None or index not in read.missing or self.pages_asked >= MAX_PAGES_ASKED:
+            return []
+        others = [holder for holder in read.holders if holder != contact][:1]
+        self.pages_asked += len(others)
+        return [(other, index) for other in others]
 
     @property
     def is_reading(self) -> bool:
         """True while pages are missing."""
         return any(read.missing for read in self._sets.values())
+
+    @property
+    def has_complete(self) -> bool:
+        """True when some holder's set has been read whole."""
+        return any(read.complete for read in self._sets.values())
 
     def agreed(self, count: int = QUICK_AGREEMENT) -> bool:
         """True when that many holders hold the same set, and it has been read."""
@@ -105,7 +119,6 @@ class Harvest:
     def _read_from(self, read: _RecordSetRead, contact: Contact, now: float) -> list[PageRequest]:
         first = read.first_pages[contact]
         read.reader = contact
-        read.tried += 1
         read.records = {}
         read.missing = set(range(1, min(first.pages, MAX_PAGES)))
         if not first.records:
@@ -114,6 +127,9 @@ class Harvest:
         self._take(read, first.records, now)
         if not read.missing:
             return self._finish(first.digest, read, now)
+        if self.pages_asked + len(read.missing) > MAX_PAGES_ASKED:
+            read.missing.clear()
+            return []
         self.pages_asked += len(read.missing)
         return [(contact, index) for index in sorted(read.missing)]
 
@@ -122,7 +138,7 @@ class Harvest:
         read.missing.clear()
         read.reader = None
         read.holders = [holder for holder in read.holders if holder != liar]
-        if read.holders and read.tried < MAX_HOLDERS_PER_DIGEST:
+        if read.holders:
             return self._read_from(read, read.holders[0], now)
         return []
 

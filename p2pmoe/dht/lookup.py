@@ -15,6 +15,7 @@ from p2pmoe.protocol.datagrams import Contact
 MAX_CANDIDATES: Final = 512
 MAX_ASKED: Final = 192
 MAX_ADDRESSES_PER_ID: Final = 2
+MIN_ANSWERS: Final = 2
 
 
 class State(enum.Enum):
@@ -29,6 +30,7 @@ class State(enum.Enum):
 
 
 _AWAITED: Final = frozenset({State.NEW, State.ASKED, State.SLOW})
+_DISAPPOINTING: Final = frozenset({State.SLOW, State.LATE, State.FAILED})
 _IN_VIEW: Final = frozenset({State.NEW, State.ASKED, State.ANSWERED})
 """What counts towards the `width` candidates worth asking: others are asked in the place of a slow one."""
 
@@ -46,7 +48,7 @@ class Lookup:
     """Looks for the `width` nodes nearest to `target`, with `alpha` requests under way at any time.
 
     A pipeline, not rounds: every answer may start the next request. A slow request frees its place, so that the
-    next candidate is asked meanwhile; a late one is no longer waited for, once `width` others have answered.
+    next candidate is asked meanwhile; a late one is no longer waited for, once two others have answered.
     """
 
     def __init__(self, target: int, seeds: Iterable[Contact], *, width: int, alpha: int, own_id: bytes = b"") -> None:
@@ -57,6 +59,7 @@ class Lookup:
         self.hops = 0
         self._own_id = own_id
         self._under_way = 0
+        self._disappointed = 0
         self._candidates: dict[Contact, _Candidate] = {}
         self._order: list[tuple[int, Contact]] = []
         self._addresses: dict[bytes, int] = {}
@@ -64,7 +67,7 @@ class Lookup:
             self.add(contact)
 
     def add(self, contact: Contact, *, doubtful: bool = False) -> None:
-        """A further candidate. `doubtful`: it missed a request before, so being slow counts as late, and late as failed."""
+        """A further candidate. `doubtful`: it missed a request before; slow counts as late then, and late as failed."""
         known_addresses = self._addresses.get(contact.node_id, 0)
         if contact in self._candidates or contact.node_id == self._own_id:
             return
@@ -79,8 +82,10 @@ class Lookup:
         """The candidates to send a request to now. They count as asked."""
         chosen: list[Contact] = []
         in_view = 0
+        # As many spares as have disappointed so far: where one in three is dead, some of the next are dead too.
+        wanted = self.width + min(self._disappointed, self.width)
         for _, contact in self._order:
-            if self._under_way >= self.alpha or self.asked >= MAX_ASKED or in_view >= self.width:
+            if self._under_way >= self.alpha or self.asked >= MAX_ASKED or in_view >= wanted:
                 break
             candidate = self._candidates[contact]
             in_view += candidate.state in _IN_VIEW
@@ -125,7 +130,9 @@ class Lookup:
             in_front += state is State.ANSWERED
             if in_front >= self.width:
                 return True
-        return not any(candidate.state is State.LATE for candidate in self._candidates.values())
+        # In a swarm smaller than the width a dead node must not hold up every look-up until it is given up.
+        is_late = any(candidate.state is State.LATE for candidate in self._candidates.values())
+        return not is_late or in_front >= MIN_ANSWERS
 
     def nearest(self, count: int | None = None) -> list[Contact]:
         """Those that answered, nearest first."""
@@ -135,6 +142,7 @@ class Lookup:
     def _leave(self, candidate: _Candidate, state: State) -> None:
         if candidate.state is State.ASKED:
             self._under_way -= 1
+        self._disappointed += (state in _DISAPPOINTING) - (candidate.state in _DISAPPOINTING)
         candidate.state = state
 
     def __repr__(self) -> str:

@@ -249,7 +249,7 @@ class DHTNode:
             address=format_host_port(*self._address) if self._address else "",
             client_mode=self.client_mode,
             peers=self.peer_count,
-            joined=self._joined,
+            joined=self.peer_count > 0,
             records=len(store),
             keys=store.key_count,
             record_bytes=store.size,
@@ -317,6 +317,8 @@ class DHTNode:
 
     async def _upkeep(self) -> None:
         retry_s = FIRST_RETRY_S
+        if not self.client_mode:
+            await self.server.refresh_buckets(0)
         while True:
             lonely = self._wants_peers() and self.peer_count < FEW_PEERS
             if self.peer_count == 0 and self._wants_peers():

@@ -17,12 +17,13 @@ from typing import Any, Final
 
 from kademlia.protocol import KademliaProtocol
 
+from p2pmoe.dht.answers import Answers
 from p2pmoe.dht.calls import Call, CallBook, Delay
 from p2pmoe.dht.contacts import ContactTable
 from p2pmoe.dht.store import RecordStore
-from p2pmoe.dht.tokens import AMPLIFICATION, SourceBudgets, WriteTokens, source_of
-from p2pmoe.dht.validation import RecordTrust, status_of
-from p2pmoe.errors import DecodeError, EncodeError, RecordError
+from p2pmoe.dht.tokens import AMPLIFICATION, SourceBudgets, source_of
+from p2pmoe.dht.validation import RecordTrust
+from p2pmoe.errors import DecodeError
 from p2pmoe.protocol.datagrams import (
     CALL_ID_BYTES,
     MAX_DATAGRAM_BYTES,
@@ -30,8 +31,6 @@ from p2pmoe.protocol.datagrams import (
     Contact,
     Find,
     Found,
-    Message,
-    Page,
     Paged,
     Ping,
     Pong,
@@ -43,8 +42,6 @@ from p2pmoe.protocol.datagrams import (
     decode_datagram,
     encode_datagram,
     is_sendable,
-    pack_address,
-    pack_contacts,
     scope_of,
     unpack_address,
     unpack_contacts,
@@ -53,11 +50,10 @@ from p2pmoe.protocol.datagrams import (
 MAX_VERIFY_PINGS: Final = 16
 MAX_TOKENS: Final = 4096
 PADDED_BYTES: Final = MAX_DATAGRAM_BYTES // AMPLIFICATION
-CONTACTS_BESIDE_RECORDS: Final = 8
+FIND_BYTES: Final = 45
+"""What a Find takes besides its sender and its padding, a few bytes short."""
 MAX_DRAIN: Final = 64
 STALL_S: Final = 0.05
-BAD_SIGNATURE_COST_BYTES: Final = 4096
-"""A wrong signature costs us a tenth of a millisecond; it is charged like this many bytes."""
 
 
 @dataclass(slots=True)
@@ -105,10 +101,10 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         self._own_id = own_id
         self._sender = b"" if client_mode else own_id
         self._header = header
-        self._budgets = budgets
+        self.budgets = budgets
+        self._answers = Answers(own_id, table, store, trust)
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._tokens_given = WriteTokens(self._loop.time())
         self._tokens_held: OrderedDict[Address, bytes] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -233,10 +229,10 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         return self._clock()
 
     def find_message(self, key: bytes, want: int) -> Callable[[bytes, bytes, bytes], Request]:
-        """A Find, padded when we have no token: the answer may be three times as long."""
+        """A Find; without a token it is padded, so that three times its length is a whole datagram."""
 
         def make(call_id: bytes, sender: bytes, token: bytes) -> Request:
-            padding = b"" if token else bytes(PADDED_BYTES - 70)
+            padding = b"" if token else bytes(PADDED_BYTES - FIND_BYTES - len(sender))
             return Find(call_id, sender, token, key, want, padding)
 
         return make
@@ -330,73 +326,19 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
 
     # --- requests of others -----------------------------------------------------------------------------------
 
-    def _take_request(self, request: Message, address: Address, size: int) -> None:
+    def _take_request(self, request: Request, address: Address, size: int) -> None:
         now = self._loop.time()
-        if not self._budgets.spend(source_of(address), size, now):
+        source = source_of(address)
+        if not self.budgets.spend(source, size, now):
             self.counters.over_budget += 1
             return
-        proven = not isinstance(request, Ping) and self._tokens_given.holds(request.token, address, now)
-        if isinstance(request, Ping):
-            reply: Reply = self._pong(request, address, now)
-        elif isinstance(request, Find):
-            reply = self._found(request, address, now, MAX_DATAGRAM_BYTES if proven else AMPLIFICATION * size)
-        elif isinstance(request, Page):
-            reply = self._paged(request, address, now, proven=proven)
-        elif isinstance(request, Store):
-            reply = self._stored(request, address, now, proven=proven)
-        else:
-            return
-        datagram = encode_datagram(self._header, reply)
-        self._budgets.charge(source_of(address), len(datagram), now)
+        answer = self._answers.to(request, address, size, now, self._clock())
+        self.counters.records_refused += answer.refused
+        datagram = encode_datagram(self._header, answer.reply)
+        self.budgets.charge(source, len(datagram) + answer.cost_bytes, now)
         self._send(datagram, address)
         if request.sender:
             self._verify(Contact(request.sender, *address))
-
-    def _pong(self, request: Ping, address: Address, now: float) -> Pong:
-        token = self._tokens_given.make(address, now)
-        try:
-            seen = pack_address(*address)
-        except EncodeError:
-            seen = b""
-        return Pong(request.id, self._own_id, token, seen, int(self._clock() * 1000))
-
-    def _found(self, request: Find, address: Address, now: float, limit: int) -> Found:
-        token = self._tokens_given.make(address, now)
-        view = self.store.view(request.key, self._clock())
-        first = list(view.pages[0]) if view.pages and limit >= MAX_DATAGRAM_BYTES else []
-        want = min(request.want, CONTACTS_BESIDE_RECORDS) if first else request.want
-        want = min(want, (limit - 80) // 38)
-        nearest = self.table.closest(int.from_bytes(request.key, "big"), max(0, want) + 1, answering_only=True)
-        contacts = [each.contact for each in nearest if each.id != request.sender][: max(0, want)]
-        v4, v6 = pack_contacts(contacts)
-        return Found(request.id, self._own_id, token, v4, v6, view.digest, view.page_count, first)
-
-    def _paged(self, request: Page, address: Address, now: float, *, proven: bool) -> Paged:
-        token = self._tokens_given.make(address, now)
-        view = self.store.view(request.key, self._clock())
-        if not proven or request.index >= view.page_count:
-            return Paged(request.id, self._own_id, token, b"", 0, [])
-        return Paged(request.id, self._own_id, token, view.digest, view.page_count, list(view.pages[request.index]))
-
-    def _stored(self, request: Store, address: Address, now: float, *, proven: bool) -> Stored:
-        token = self._tokens_given.make(address, now)
-        if not proven:
-            return Stored(request.id, self._own_id, token, bytes([Status.BAD_TOKEN] * len(request.records)))
-        nearer = self.table.count_nearer(int.from_bytes(request.key, "big"))
-        statuses = [self._admit(request.key, raw, address, nearer, now) for raw in request.records]
-        return Stored(request.id, self._own_id, token, bytes(statuses))
-
-    def _admit(self, key: bytes, raw: bytes, address: Address, nearer: int, now: float) -> Status:
-        source = source_of(address)
-        try:
-            self.trust.admit(key, raw, source=source, count_nearer=nearer, now=self._clock())
-        except (RecordError, DecodeError) as error:
-            status = status_of(error)
-            self.counters.records_refused += 1
-            if status is Status.BAD_SIGNATURE:
-                self._budgets.charge(source, BAD_SIGNATURE_COST_BYTES, now)
-            return status
-        return Status.STORED
 
     def _verify(self, contact: Contact) -> None:
         """Ping a stranger that asked us something; it enters the table when it answers."""

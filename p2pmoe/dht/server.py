@@ -128,7 +128,11 @@ class SwarmServer(Server):  # type: ignore[misc]
         """Look into the buckets that nothing was heard of for ten minutes; ping who has been silent."""
         stale = self.table.stale_contacts(asyncio.get_running_loop().time())[:PINGS_PER_ROUND]
         await asyncio.gather(*(self.protocol.call_ping(contact.contact) for contact in stale))
-        for low, high in self.table.buckets_to_refresh(BUCKET_STALE_S):
+        await self.refresh_buckets(BUCKET_STALE_S)
+
+    async def refresh_buckets(self, older_than_s: float) -> None:
+        """Look up a random id in every bucket that was not refreshed for so long."""
+        for low, high in self.table.buckets_to_refresh(older_than_s):
             target = random.randint(low, min(high, 2**160 - 1)).to_bytes(20, "big")  # noqa: S311
             await self.find_nearest(target, BUCKET_SIZE)
 

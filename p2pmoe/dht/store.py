@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -92,8 +92,9 @@ class RecordStore:
     def key_count(self) -> int:
         return len(self._shelves)
 
-    def keys(self) -> Iterator[bytes]:
-        return iter(self._shelves)
+    @property
+    def all_keys(self) -> list[bytes]:
+        return list(self._shelves)
 
     def get(self, key: bytes, slot: Slot) -> Record | None:
         """What the slot holds, expired or not."""
@@ -234,7 +235,7 @@ def digest_of(records: Iterable[Record]) -> bytes:
 
 
 def cut_pages(raws: Sequence[bytes]) -> tuple[tuple[bytes, ...], ...]:
-    """Page 0 has at most 800 bytes and may be empty; the others have at most 1,130."""
+    """Page 0 has at most 800 bytes and may be empty; the others have at most 1,120."""
     pages: list[list[bytes]] = [[]]
     room = MAX_FIRST_PAGE_BYTES
     for raw in raws:

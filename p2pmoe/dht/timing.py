@@ -22,7 +22,9 @@ class RoundTrip:
     def sample(self, rtt_s: float) -> None:
         """Take one measurement of a request that was sent once (Karn's rule is the caller's)."""
         if self.srtt_s is None:
-            self.srtt_s, self.variation_s = rtt_s, rtt_s / 2
+            # Half of what RFC 6298 starts with: most paths here are measured once or twice, and wide margins
+            # would make every look-up wait for the dead.
+            self.srtt_s, self.variation_s = rtt_s, rtt_s / 4
             return
         self.variation_s += (abs(rtt_s - self.srtt_s) - self.variation_s) / 4
         self.srtt_s += (rtt_s - self.srtt_s) / 8

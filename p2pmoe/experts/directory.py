@@ -9,16 +9,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from p2pmoe.dht.node import DHTNode
-from p2pmoe.errors import ClosedError, EncodeError, P2PMoEError, PeerUnreachableError
-from p2pmoe.experts.bundles import pack_bundles, tombstone
+from p2pmoe.errors import ClosedError, P2PMoEError, PeerUnreachableError
 from p2pmoe.experts.cache import ChildrenCache
 from p2pmoe.experts.children import NO_CHILDREN, Children, Provider, children_of
+from p2pmoe.experts.declarations import Child, Declarations, Values, by_prefix
 from p2pmoe.experts.uid import ExpertUid, UidPattern, parse_prefix, parse_uid, prefix_of
-from p2pmoe.protocol.records import MAX_PARTS
 from p2pmoe.types import Endpoint, PeerId
 
 __all__ = ["Children", "ExpertDirectory", "ExpertRecord", "Provider"]
@@ -45,15 +44,6 @@ class ExpertRecord:
     declared_at: float
 
 
-@dataclass(slots=True)
-class _Declared:
-    """What we have said under one prefix: until when which child with which schema, and how many parts it took."""
-
-    children: dict[tuple[int, str], float] = field(default_factory=dict)
-    parts: int = 0
-    endpoint: Endpoint | None = None
-
-
 class ExpertDirectory:
     """Experts by uid, over a DHT node. Every method may be used from any thread or event loop.
 
@@ -73,7 +63,7 @@ class ExpertDirectory:
         """Prefixes read over the network so far."""
         self._clock = clock
         self._cache = ChildrenCache(clock, max_age_s=cache_s, negative_s=negative_cache_s)
-        self._declared: dict[str, _Declared] = {}
+        self._declarations = Declarations()
         self._declaring: asyncio.Lock | None = None
         self._reads: dict[str, asyncio.Task[Children]] = {}
         self._refreshing: set[str] = set()
@@ -94,7 +84,7 @@ class ExpertDirectory:
             BootstrapError, PeerUnreachableError: nobody took some of the records; the rest is announced.
             ClosedError: the DHT node is not running.
         """
-        wanted = _by_prefix(schemas)
+        wanted = by_prefix(schemas)
         ttl = self.dht.config.ttl_s if ttl_s is None else ttl_s
         await self.dht.call(lambda: self._declare(wanted, endpoint, ttl))
 
@@ -106,13 +96,7 @@ class ExpertDirectory:
     @property
     def declared_uids(self) -> list[str]:
         """What we announce now."""
-        now = self._clock()
-        return [
-            f"{prefix}{child}"
-            for prefix, declared in tuple(self._declared.items())
-            for (child, digest), until in tuple(declared.children.items())
-            if digest and until > now
-        ]
+        return self._declarations.uids(self._clock())
 
     # --- finding ----------------------------------------------------------------------------------------------
 
@@ -205,70 +189,19 @@ class ExpertDirectory:
 
     # --- on the DHT's loop ------------------------------------------------------------------------------------
 
-    async def _declare(self, wanted: Mapping[str, Sequence[tuple[int, str]]], endpoint: Endpoint, ttl_s: float) -> None:
+    async def _declare(self, wanted: Mapping[str, Sequence[Child]], endpoint: Endpoint, ttl_s: float) -> None:
         async with self._lock():
-            until = self._clock() + ttl_s
-            before = {prefix: dict(d.children) for prefix, d in self._declared.items() if prefix in wanted}
-            for prefix, children in wanted.items():
-                declared = self._declared.setdefault(prefix, _Declared())
-                declared.endpoint = endpoint
-                # A child has one schema at a time: the new one takes the old one's place.
-                numbers = {(child, bool(digest)) for child, digest in children}
-                declared.children = {
-                    (child, digest): expiry
-                    for (child, digest), expiry in declared.children.items()
-                    if (child, bool(digest)) not in numbers
-                }
-                declared.children.update(dict.fromkeys(children, until))
-            try:
-                await self._publish(wanted, ttl_s)
-            except EncodeError:
-                for prefix in wanted:
-                    self._declared[prefix].children = before.get(prefix, {})
-                raise
+            await self._publish(self._declarations.add(wanted, endpoint, self._clock(), ttl_s), ttl_s)
 
     async def _withdraw(self, gone: Sequence[ExpertUid]) -> None:
         async with self._lock():
-            touched = {}
-            for uid in gone:
-                touched.update(dict.fromkeys(self._forget(uid)))
-            if touched:
-                await self._publish(touched, self.dht.config.ttl_s)
+            values, ttl_s = self._declarations.remove(gone, self._clock(), self.dht.config.ttl_s)
+            if values:
+                await self._publish(values, ttl_s)
 
-    def _forget(self, uid: ExpertUid) -> list[str]:
-        """Take a uid out of what we declare, and parent prefixes that have nothing left below them."""
-        touched = []
-        expert = True
-        name, coordinates = uid
-        while coordinates:
-            prefix, child = prefix_of(name, coordinates[:-1]), coordinates[-1]
-            declared = self._declared.get(prefix)
-            if declared is None:
-                break
-            slots = [slot for slot in declared.children if slot[0] == child and bool(slot[1]) == expert]
-            for slot in slots:
-                del declared.children[slot]
-            if slots:
-                touched.append(prefix)
-            if not slots or declared.children:
-                break
-            coordinates, expert = coordinates[:-1], False
-        return touched
-
-    async def _publish(self, prefixes: Iterable[str], ttl_s: float) -> None:
-        now = self._clock()
-        values: dict[str, dict[int, bytes]] = {}
-        for prefix in prefixes:
-            declared = self._declared[prefix]
-            declared.children = {slot: until for slot, until in declared.children.items() if until > now}
-            assert declared.endpoint is not None
-            parts = pack_bundles(declared.endpoint, declared.children)
-            # Parts that are no longer needed are overwritten, or they would be believed until they expire.
-            parts += [tombstone(declared.endpoint)] * (declared.parts - len(parts))
-            values[prefix] = dict(enumerate(parts[:MAX_PARTS]))
+    async def _publish(self, values: Values, ttl_s: float) -> None:
         taken = await self.dht.put_many(values, ttl_s)
-        for prefix, parts_by_number in values.items():
-            self._declared[prefix].parts = max(self._declared[prefix].parts, len(parts_by_number))
+        for prefix in values:
             self._cache.invalidate(prefix)
         refused = [prefix for prefix, count in taken.items() if not count]
         if refused:
@@ -281,8 +214,12 @@ class ExpertDirectory:
         found = await asyncio.gather(*(self._read(prefix) for prefix in prefixes))
         return {prefix: self._cache.filtered(each) for prefix, each in zip(prefixes, found, strict=True)}
 
-    async def _read(self, prefix: str) -> Children:
+    async def _read(self, prefix: str, *, ahead: bool = False) -> Children:
         """One network read per prefix, however many ask at the same time."""
+        # Somebody else's read may have ended between the caller's thread and this loop.
+        cached = self._cache.get(prefix) if not ahead else None
+        if cached is not None:
+            return cached
         task = self._reads.get(prefix)
         if task is None:
             task = self._reads[prefix] = asyncio.create_task(self._read_network(prefix))
@@ -307,7 +244,7 @@ class ExpertDirectory:
 
     async def _refresh(self, prefix: str) -> None:
         try:
-            await self._read(prefix)
+            await self._read(prefix, ahead=True)
         except P2PMoEError as error:
             log.debug("refreshing %s failed: %s", prefix, error)
         finally:
@@ -321,20 +258,6 @@ class ExpertDirectory:
 
     def __repr__(self) -> str:
         return f"<ExpertDirectory {self._cache!r}, {self.network_reads} network reads>"
-
-
-def _by_prefix(schemas: Mapping[str, str]) -> dict[str, list[tuple[int, str]]]:
-    """Experts and the prefixes above them, under the prefix that lists them."""
-    wanted: dict[str, dict[tuple[int, str], None]] = {}
-    for text, digest in schemas.items():
-        uid = parse_uid(text)
-        if not digest:
-            raise EncodeError(f"{text} needs the digest of its schema, in hex")
-        wanted.setdefault(uid.prefix, {})[uid.suffix, digest.lower()] = None
-        for depth in range(1, len(uid.coordinates)):
-            prefix = prefix_of(uid.name, uid.coordinates[: depth - 1])
-            wanted.setdefault(prefix, {})[uid.coordinates[depth - 1], ""] = None
-    return {prefix: list(children) for prefix, children in wanted.items()}
 
 
 def _record(uid: str, provider: Provider) -> ExpertRecord:

@@ -115,10 +115,10 @@ class UidPattern:
     def parse(cls, text: str) -> UidPattern:
         """Raises InvalidUidError for whatever is no pattern."""
         if isinstance(text, str) and re.fullmatch(_NAME, text, re.ASCII):
-            return cls(text, text, (), open_end=True)
+            return cls(text, text, (None,), open_end=True)
         if isinstance(text, str) and text.endswith("."):
             name, coordinates = parse_prefix(text)
-            return cls(text, name, tuple(range(number, number + 1) for number in coordinates), open_end=True)
+            return cls(text, name, (*(range(number, number + 1) for number in coordinates), None), open_end=True)
         name, segments = _parse_segments(text)
         # A final star reaches everything below, and at least one coordinate.
         open_end = segments[-1] is None

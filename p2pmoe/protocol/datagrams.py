@@ -34,7 +34,7 @@ from p2pmoe.protocol.records import KEY_BYTES, MAX_RECORD_BYTES
 
 DATAGRAM_VERSION: Final = 1
 MAX_DATAGRAM_BYTES: Final = 1200
-MAX_PAGE_BYTES: Final = 1130
+MAX_PAGE_BYTES: Final = 1120
 """Record bytes of one Paged or Store datagram, each record's length prefix of 3 bytes included."""
 MAX_FIRST_PAGE_BYTES: Final = 800
 """Record bytes in a Found datagram, which also carries contacts."""

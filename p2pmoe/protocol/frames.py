@@ -19,7 +19,7 @@ import struct
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import torch
@@ -97,9 +97,13 @@ class FrameRefused:
 
 
 def tensor_memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor as a memoryview, without a copy."""
-    flat = tensor.detach().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    """The bytes of a contiguous CPU tensor that needs no gradient as a memoryview, without a copy."""
+    if not tensor.numel():
+        return memoryview(b"")
+    if tensor.dtype is torch.bfloat16:  # numpy has none
+        tensor = tensor.view(torch.uint16)
+    array: Any = tensor.numpy()  # its type does not say that it is a buffer
+    return memoryview(array).cast("B")
 
 
 def describe_tensor(name: str, tensor: torch.Tensor, codec: str = "raw") -> tuple[TensorHeader, memoryview]:
@@ -108,14 +112,17 @@ def describe_tensor(name: str, tensor: torch.Tensor, codec: str = "raw") -> tupl
     if datatype is None:
         raise EncodeError(f"tensor {name} has dtype {tensor.dtype}, which has no wire datatype")
     shape = tuple(tensor.shape)
-    wire_dtype = WIRE_CODECS.get(codec, None)
-    if codec not in WIRE_CODECS:
-        raise EncodeError(f"unknown codec {codec!r}; use one of {', '.join(WIRE_CODECS)}")
+    if codec not in WIRE_CODECS or (codec != "raw" and not tensor.is_floating_point()):
+        known = ", ".join(WIRE_CODECS)
+        raise EncodeError(f"tensor {name}: unknown codec {codec!r} for {datatype}; use one of {known}")
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise EncodeError(f"tensor {name} is {tensor.layout} on {tensor.device}; only dense tensors can travel")
+    wire_dtype = WIRE_CODECS[codec]
     tensor = tensor.detach()
     if wire_dtype is not None:
         tensor = tensor.to(wire_dtype)
-    if tensor.is_cuda or not tensor.is_contiguous() or tensor.layout is not torch.strided:
-        tensor = tensor.to("cpu").contiguous()
+    if tensor.device.type != "cpu" or tensor.is_neg() or not tensor.is_contiguous():
+        tensor = tensor.to("cpu").resolve_neg().contiguous()
     memory = tensor_memory(tensor)
     parameters = TensorParameters(binary_data_size=memory.nbytes, codec=None if codec == "raw" else codec)
     return TensorHeader(name=name, datatype=datatype, shape=shape, parameters=parameters), memory
@@ -125,6 +132,8 @@ def describe_tensors(
     tensors: Sequence[torch.Tensor], codecs: Sequence[str] | None = None
 ) -> tuple[tuple[TensorHeader, ...], list[memoryview]]:
     """Headers and memories of a frame's tensors, named "0", "1", … ."""
+    if codecs is not None and len(codecs) != len(tensors):
+        raise EncodeError(f"there are {len(tensors)} tensors where the schema has {len(codecs)}")
     headers, memories = [], []
     for index, tensor in enumerate(tensors):
         header, memory = describe_tensor(str(index), tensor, codecs[index] if codecs else "raw")
@@ -165,16 +174,22 @@ def wire_size(header: TensorHeader, limits: FrameLimits) -> tuple[torch.dtype, i
         raise DecodeError(
             f"tensor {header.name!r}: shape {list(header.shape)} is over the limit of {limits.body_bytes}"
         )
-    if size > limits.body_bytes:
+    grown = decoded_size(header)  # a cast codec's bytes take more memory once they are tensors
+    if grown > limits.body_bytes:
         raise DecodeError(
-            f"tensor {header.name!r}: {size} bytes are over the limit of {limits.body_bytes}; send fewer rows a call",
+            f"tensor {header.name!r}: {grown} bytes are over the limit of {limits.body_bytes}; send fewer rows a call",
             code=413,
         )
     return dtype, size
 
 
+def decoded_size(header: TensorHeader) -> int:
+    """Bytes of a tensor in the dtype that its header names, which must be known."""
+    return math.prod(header.shape) * DATATYPE_TO_DTYPE[header.datatype].itemsize
+
+
 class TensorSink:
-    """Memory for the tensors of one accepted header, filled chunk by chunk."""
+    """Memory for the tensors of one accepted header, filled chunk by chunk; each tensor has aligned memory."""
 
     def __init__(self, headers: Sequence[TensorHeader], limits: FrameLimits) -> None:
         self._headers = headers
@@ -209,7 +224,7 @@ class TensorSink:
         return not self._memories
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The tensors in the dtypes that the header names."""
+        """The tensors in the dtypes that the headers name."""
         return tuple(
             tensor if tensor.dtype is DATATYPE_TO_DTYPE[header.datatype] else _from_wire(tensor, header.datatype)
             for tensor, header in zip(self._tensors, self._headers, strict=True)
@@ -338,7 +353,7 @@ def check_sizes(tensors: Sequence[TensorHeader], body_bytes: int, limits: FrameL
         )
     if len(tensors) > limits.tensors:
         raise DecodeError(f"{len(tensors)} tensors are over the limit of {limits.tensors}")
-    total = 0
+    total = grown = 0
     for tensor in tensors:
         _, size = wire_size(tensor, limits)
         declared = tensor.parameters.binary_data_size
@@ -348,5 +363,8 @@ def check_sizes(tensors: Sequence[TensorHeader], body_bytes: int, limits: FrameL
                 f"tensor {tensor.name!r}: {tensor.datatype}{shape} takes {size} bytes, binary_data_size says {declared}"
             )
         total += size
+        grown += decoded_size(tensor)
+    if grown > limits.body_bytes:
+        raise DecodeError(f"{grown} bytes of tensors are over the limit of {limits.body_bytes}", code=413)
     if total != body_bytes:
         raise DecodeError(f"the tensors take {total} bytes, the frame's body has {body_bytes}")

@@ -17,7 +17,7 @@ _SEQUENCES = (list, tuple)
 
 def nested_flatten(tree: Any) -> tuple[Any, ...]:
     """The leaves of `tree` in wire order. None is a leaf."""
-    return tuple(optree.tree_leaves(tree, none_is_leaf=True))
+    return tuple(optree.tree_leaves(_plain(tree), none_is_leaf=True))
 
 
 def nested_pack(flat: Iterable[Any], structure: Any) -> Any:
@@ -26,16 +26,25 @@ def nested_pack(flat: Iterable[Any], structure: Any) -> Any:
     Raises:
         SchemaError: there are more or fewer leaves than places.
     """
-    leaves = tuple(flat)
-    spec = optree.tree_structure(structure, none_is_leaf=True)
-    if len(leaves) != spec.num_leaves:
-        raise SchemaError(f"{len(leaves)} values cannot fill a structure of {spec.num_leaves}")
-    return optree.tree_unflatten(spec, leaves)
+    return nested_packer(structure)(flat)
+
+
+def nested_packer(structure: Any) -> Callable[[Iterable[Any]], Any]:
+    """`nested_pack` for one structure, which is taken apart only once."""
+    spec = _structure(structure)
+
+    def pack(flat: Iterable[Any]) -> Any:
+        leaves = tuple(flat)
+        if len(leaves) != spec.num_leaves:
+            raise SchemaError(f"{len(leaves)} values cannot fill a structure of {spec.num_leaves}")
+        return spec.unflatten(leaves)
+
+    return pack
 
 
 def nested_compare(first: Any, second: Any) -> bool:
     """Whether two values have the same structure. A list and a tuple of the same length count as the same."""
-    return _same_spec(optree.tree_structure(first, none_is_leaf=True), optree.tree_structure(second, none_is_leaf=True))
+    return _same_spec(_structure(first), _structure(second))
 
 
 def nested_map(function: Callable[..., Any], tree: Any, *more: Any) -> Any:
@@ -47,9 +56,21 @@ def nested_map(function: Callable[..., Any], tree: Any, *more: Any) -> Any:
     for other in more:
         if not nested_compare(tree, other):
             raise SchemaError("nested values of different structure cannot be mapped together")
-    spec = optree.tree_structure(tree, none_is_leaf=True)
+    spec = _structure(tree)
     columns = [nested_flatten(each) for each in (tree, *more)]
     return optree.tree_unflatten(spec, map(function, *columns))
+
+
+def _plain(tree: Any) -> Any:
+    """Subclasses of dict as dicts: optree keeps the order of an OrderedDict, and the two ends would disagree."""
+    kind = type(tree)
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    return kind(map(_plain, tree)) if kind in _SEQUENCES else tree
+
+
+def _structure(tree: Any) -> optree.PyTreeSpec:
+    return optree.tree_structure(_plain(tree), none_is_leaf=True)
 
 
 def _same_spec(a: optree.PyTreeSpec, b: optree.PyTreeSpec) -> bool:

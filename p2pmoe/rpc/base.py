@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from p2pmoe.protocol.frames import EncodedFrame, Frame
-from p2pmoe.protocol.messages import RequestHeader, ResponseHeader
+from p2pmoe.protocol.messages import RequestHeader, ResponseHeader, TensorHeader
 from p2pmoe.types import Endpoint
 
 Flat = tuple[torch.Tensor, ...]
@@ -34,6 +34,9 @@ class Service(Protocol):
 
     def result_codecs(self, header: RequestHeader) -> tuple[str, ...]:
         """The codecs that the tensors of this call's result travel in."""
+
+    def count_wire(self, direction: str, tensors: Sequence[TensorHeader]) -> None:
+        """Tensors went over the wire, "in" or "out"; for metrics."""
 
     def flush(self) -> None:
         """Everything received so far is queued: wake the devices."""

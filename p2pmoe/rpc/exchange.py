@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
-from p2pmoe.errors import CallError, DecodeError, ExpertFailedError, OverloadedError, WireVersionError
+from p2pmoe.errors import CallError, DecodeError, EncodeError, ExpertFailedError, OverloadedError, WireVersionError
 from p2pmoe.protocol.frames import (
     EncodedFrame,
     Frame,
@@ -74,6 +74,7 @@ class ServerExchange:
         self._calls = 0
         self._reserved = 0  # bytes of the body being received
         self._receiving: RequestHeader | None = None
+        self._closed = False
         self.broken = False
         """The stream cannot be read further; the connection must not be reused."""
 
@@ -116,7 +117,8 @@ class ServerExchange:
         return results
 
     def close(self) -> None:
-        """Drop everything that has not reached a device; safe to call twice."""
+        """Drop everything that has not reached a device, and wake nobody any more; safe to call twice."""
+        self._closed = True
         self._budget.give(self._reserved)
         self._reserved = 0
         for future in list(self._running):
@@ -162,6 +164,7 @@ class ServerExchange:
             self._budget.give(held)
             self._fail(frame.header, error)
             return
+        self._service.count_wire("in", frame.header.inputs)
         self._running[future] = held
         future.add_done_callback(partial(self._finish, frame.header))
 
@@ -170,18 +173,23 @@ class ServerExchange:
         if not future.cancelled():
             error = future.exception()
             if error is None:
-                codecs = self._service.result_codecs(header)
-                self._results.append(encode_result(header, future.result(), codecs))
+                self._succeed(header, future.result())
             else:
                 failure = error if isinstance(error, CallError) else ExpertFailedError(f"the node failed: {error!r}")
                 self._fail(header, failure)
-        self._wake()
+        if not self._closed:
+            self._wake()
+
+    def _succeed(self, header: RequestHeader, tensors: Flat) -> None:
+        try:
+            self._results.append(self._encode(header, tensors))
+        except EncodeError as error:  # the expert gave something else than its schema says
+            self._fail(header, ExpertFailedError(f"the result cannot be sent: {error}"))
 
     def _fail(self, header: RequestHeader, error: CallError) -> None:
         self._results.append(encode_frame(error_header(header.id, header.model_name, error)))
 
-
-def encode_result(header: RequestHeader, tensors: Flat, codecs: tuple[str, ...]) -> EncodedFrame:
-    """The result frame of a call."""
-    headers, memories = describe_tensors(tensors, codecs)
-    return encode_frame(ResponseHeader(id=header.id, model_name=header.model_name, outputs=headers), memories)
+    def _encode(self, header: RequestHeader, tensors: Flat) -> EncodedFrame:
+        headers, memories = describe_tensors(tensors, self._service.result_codecs(header))
+        self._service.count_wire("out", headers)
+        return encode_frame(ResponseHeader(id=header.id, model_name=header.model_name, outputs=headers), memories)

@@ -5,15 +5,16 @@ The seed is Learning@home's `ExpertBackend` (arXiv 2002.04013, section 3.2). Kno
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from p2pmoe.errors import SchemaError
-from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_pack
+from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_packer
 from p2pmoe.protocol.schema import BatchTensorProto, format_schema, schema_digest
 from p2pmoe.server.task_pool import TaskPool
 
@@ -56,8 +57,8 @@ class ExpertBackend(nn.Module):
         self.args_schema: tuple[Any, ...] = _as_args(args_schema)
         self.kwargs_schema: dict[str, Any] = dict(kwargs_schema or {})
         self.forward_schema = (self.args_schema, self.kwargs_schema)
-        self._inputs = nested_flatten(self.forward_schema)
-        if not self._inputs:
+        self._pack_forward = nested_packer(self.forward_schema)
+        if not nested_flatten(self.forward_schema):
             raise SchemaError(f"{name}: at least one positional or keyword argument is needed in args_schema")
         _check_leaves(name, self.forward_schema)
         if outputs_schema is None:
@@ -65,6 +66,7 @@ class ExpertBackend(nn.Module):
         self.outputs_schema = outputs_schema
         _check_leaves(name, outputs_schema)
         self.backward_schema = (self.forward_schema, outputs_schema)
+        self._pack_backward = nested_packer(self.backward_schema)
         self.grad_inputs_schema = self.forward_schema
         self.schema_digest = schema_digest(self.forward_schema, outputs_schema)
         self.update_count = 0
@@ -91,7 +93,7 @@ class ExpertBackend(nn.Module):
         Returns:
             The flattened outputs, [rows, …] each.
         """
-        args, kwargs = nested_pack(inputs, structure=self.forward_schema)
+        args, kwargs = self._pack_forward(inputs)
         with self._computing, torch.no_grad():
             outputs = self.expert(*args, **kwargs)
         return nested_flatten(outputs)
@@ -105,7 +107,7 @@ class ExpertBackend(nn.Module):
         Returns:
             A gradient for every input, in wire order; zeros for unused and for integer inputs.
         """
-        (args, kwargs), grad_outputs = nested_pack(inputs, structure=self.backward_schema)
+        (args, kwargs), grad_outputs = self._pack_backward(inputs)
         with self._computing, torch.enable_grad():
             args, kwargs = nested_map(_as_leaf, (args, kwargs))
             try:
@@ -155,9 +157,8 @@ class ExpertBackend(nn.Module):
     def _find_outputs_schema(self) -> Any:
         """One dummy run that leaves parameters, buffers, gradients, mode and RNG state as they were."""
         device = self.device
-        buffers = {name: buffer.clone() for name, buffer in self.expert.named_buffers()}
         cuda = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        with torch.random.fork_rng(devices=cuda), torch.no_grad(), _kept_state(self.expert):
             args, kwargs = nested_map(lambda proto: proto.make_zeros(DUMMY_BATCH_SIZE, device), self.forward_schema)
             try:
                 outputs = self.expert(*args, **kwargs)
@@ -166,10 +167,6 @@ class ExpertBackend(nn.Module):
                 raise SchemaError(
                     f"{self.name}: the expert does not take its schema {schema}: {type(error).__name__}: {error}"
                 ) from error
-            finally:
-                for name, buffer in self.expert.named_buffers():
-                    if name in buffers:
-                        buffer.copy_(buffers[name])
         return nested_map(self._output_schema, outputs)
 
     def _output_schema(self, output: Any) -> BatchTensorProto:
@@ -182,6 +179,21 @@ class ExpertBackend(nn.Module):
                 f"a run of {DUMMY_BATCH_SIZE} rows gave {shown}"
             )
         return BatchTensorProto.from_tensor(output)
+
+
+@contextlib.contextmanager
+def _kept_state(expert: nn.Module) -> Iterator[None]:
+    """Puts every parameter and buffer back, a buffer also when forward has replaced or added it."""
+    kept = [(tensor, tensor.clone()) for tensor in (*expert.parameters(), *expert.buffers())]
+    buffers = [(module._buffers, dict(module._buffers)) for module in expert.modules()]  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for now, before in buffers:
+            now.clear()
+            now.update(before)
+        for tensor, value in kept:
+            tensor.copy_(value)
 
 
 def _as_args(schema: Any) -> tuple[Any, ...]:

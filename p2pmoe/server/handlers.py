@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +64,7 @@ class ExpertHandlers:
         self._passes = {
             (uid, name): plan for uid, backend in self.backends.items() for name, plan in _plan_passes(backend).items()
         }
-        self._requests: Counter[str] = Counter()
+        self._stats = {plan.pool.uid: metrics.stats(uid, direction) for (uid, direction), plan in self._passes.items()}
         self._draining = False
         self._last_ready = (0.0, False)
 
@@ -83,7 +82,7 @@ class ExpertHandlers:
             plan = self._plan(header)
             _check_schema(plan, header)
         except CallError as error:
-            self._metrics.requests.labels(*self._labels(header), str(error.code)).inc()
+            self._metrics.stats(*self._labels(header)).outcomes[str(error.code)] += 1
             raise
 
     def submit(self, frame: Frame[RequestHeader]) -> asyncio.Future[Flat]:
@@ -103,6 +102,12 @@ class ExpertHandlers:
     def result_codecs(self, header: RequestHeader) -> tuple[str, ...]:
         """See `Service.result_codecs`."""
         return self._plan(header).result_codecs
+
+    def count_wire(self, direction: str, tensors: Sequence[TensorHeader]) -> None:
+        """See `Service.count_wire`."""
+        for tensor in tensors:
+            codec = tensor.parameters.codec or "raw"
+            self._metrics.wire_bytes[direction, codec] += tensor.parameters.binary_data_size or 0
 
     def flush(self) -> None:
         """See `Service.flush`."""
@@ -126,7 +131,7 @@ class ExpertHandlers:
             "keyword_names": list(info["keyword_names"]),
             "schema_digest": info["schema_digest"],
             "updates": info["updates"],
-            "requests": self._requests[uid],
+            "requests": sum(self._stats[pool.uid].outcomes["ok"] for pool in backend.get_pools()),
             "oip": {
                 "name": uid,
                 "versions": ["1"],
@@ -158,16 +163,15 @@ class ExpertHandlers:
 
     def observe_batch(self, batch: Batch, seconds: float, succeeded: bool) -> None:
         """Count a batch; called on the device thread."""
-        uid, _, name = batch.pool.uid.rpartition("/")
-        self._requests[uid] += len(batch.tasks)
-        self._metrics.requests.labels(uid, name, "ok" if succeeded else "500").inc(len(batch.tasks))
+        stats = self._stats[batch.pool.uid]
+        stats.outcomes["ok" if succeeded else "500"] += len(batch.tasks)
         if not succeeded:
             return
-        self._metrics.compute_seconds.labels(uid, name).observe(seconds)
-        self._metrics.batch_size.labels(uid, name).observe(batch.rows)
-        self._metrics.queue_seconds.labels(uid, name).observe(batch.taken_at - batch.tasks[0].arrived)
-        if name == "backward":
-            self._metrics.updates.labels(uid).inc()
+        stats.compute_seconds.observe(seconds)
+        stats.batch_rows.observe(batch.rows)
+        stats.queue_seconds.observe(batch.taken_at - batch.tasks[0].arrived)
+        if stats.direction == "backward":
+            stats.updates += 1
 
     # -- private
 

@@ -70,18 +70,27 @@ def _seed_of(seed: int, uid: str) -> int:
 def _import(name: str) -> None:
     """A module of the node's owner, by dotted name or by path; it calls `register_expert_class`."""
     try:
-        if not name.endswith(".py"):
+        if name.endswith(".py"):
+            _import_file(Path(name).resolve())
+        else:
             importlib.import_module(name)
-            return
-        path = Path(name).resolve()
-        module_name = f"p2pmoe_user_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-        if module_name in sys.modules:
-            return
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None:
-            raise ConfigError(f"experts.modules: {name} is no Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
+    except ConfigError:
+        raise
+    except Exception as error:  # the module's own code may raise anything
+        raise ConfigError(f"experts.modules: {name} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _import_file(path: Path) -> None:
+    name = f"p2pmoe_user_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"experts.modules: {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
         spec.loader.exec_module(module)
-    except (ImportError, OSError, SyntaxError) as error:
-        raise ConfigError(f"experts.modules: {name} cannot be imported: {error}") from error
+    except BaseException:
+        del sys.modules[name]  # half a module must not count as imported the next time
+        raise

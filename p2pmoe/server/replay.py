@@ -37,8 +37,8 @@ class ReplayWindow:
     def __init__(
         self,
         *,
-        window_s: float = 300.0,
-        max_bytes: int = 64 * 1024 * 1024,
+        window_s: float = 120.0,
+        max_bytes: int = 32 * 1024 * 1024,
         max_ids: int = 100_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -87,22 +87,23 @@ class ReplayWindow:
         if not waiter.cancelled() or entry.waiters or entry.task is None:
             return
         if entry.pool.cancel(entry.task):
-            self._forget(call_id)
+            self._forget(call_id, entry)
 
     def _answer(self, call_id: str, entry: _Entry, future: asyncio.Future[Flat]) -> None:
         task, entry.task = entry.task, None  # its inputs are no longer needed
         if task is not None and not task.taken:
-            self._forget(call_id)
+            self._forget(call_id, entry)
         elif self._entries.get(call_id) is entry and not future.cancelled() and future.exception() is None:
             entry.nbytes = sum(tensor.nbytes for tensor in future.result())
             self._bytes += entry.nbytes
             self._answered[call_id] = entry
 
-    def _forget(self, call_id: str) -> None:
-        entry = self._entries.pop(call_id, None)
+    def _forget(self, call_id: str, entry: _Entry) -> None:
+        if self._entries.get(call_id) is not entry:
+            return  # forgotten before; the id may have come again since
+        del self._entries[call_id]
         self._answered.pop(call_id, None)
-        if entry is not None:
-            self._bytes -= entry.nbytes
+        self._bytes -= entry.nbytes
 
     def _prune(self) -> None:
         oldest_allowed = self._clock() - self._window_s
@@ -110,7 +111,7 @@ class ReplayWindow:
             call_id, entry = next(iter(self._entries.items()))
             if entry.started > oldest_allowed and len(self._entries) <= self._max_ids:
                 break
-            self._forget(call_id)
+            self._forget(call_id, entry)
         while self._bytes > self._max_bytes:
             _, entry = self._answered.popitem(last=False)
             self._bytes -= entry.nbytes

@@ -5,21 +5,24 @@ Knows pools and devices; nothing of experts, HTTP or schemas. A class has a thre
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from p2pmoe.errors import CallError, DrainingError, ExpertFailedError
-from p2pmoe.server.devices import Device, Launched, Staged, open_device
+from p2pmoe.rpc.base import Flat
+from p2pmoe.rpc.doorbell import Doorbell
+from p2pmoe.server.devices import Device, Launched, Staged, open_device, trim_memory
 from p2pmoe.server.task_pool import Batch, Task, TaskPool
 
 logger = logging.getLogger(__name__)
 
+_TRIM_AFTER_S = 0.5
 _IDLE_S = 60.0  # how long the thread sleeps when nothing is queued; any submit wakes it
 BatchObserver = Callable[[Batch, float, bool], None]
 
@@ -39,11 +42,12 @@ class Runtime:
         self.device = device
         self._on_batch = on_batch
         self._waiting: dict[TaskPool, None] = {}
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._bell = Doorbell()
         self._rung = False
         self._closing = False
         self._pools: list[TaskPool] = []
         self._running = 0
+        self._computed_since_trim = True  # making experts leaves freed memory too
         self._thread: threading.Thread | None = None
         for pool in pools:
             self.add(pool)
@@ -82,6 +86,8 @@ class Runtime:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 logger.warning("device %s is still computing after %.1f s; leaving it", self.device, timeout_s)
+            else:
+                self._bell.close()
             self._thread = None
         for pool in self._pools:
             _deliver_error(pool.drain(), DrainingError(f"{pool.uid}: the node is shutting down"))
@@ -94,7 +100,7 @@ class Runtime:
         """See `Waker`."""
         if not self._rung:
             self._rung = True
-            self._bell.put(None)
+            self._bell.ring()
 
     # -- the device thread
 
@@ -119,15 +125,21 @@ class Runtime:
     def _wait_for_batch(self) -> Batch | None:
         batch, delay_s = self._take_now()
         if batch is None:
-            with contextlib.suppress(queue.Empty):
-                self._bell.get(timeout=delay_s)
+            self._rest(delay_s)
         return batch
+
+    def _rest(self, delay_s: float) -> None:
+        """Sleep until something is submitted; give freed memory back to the system before a longer sleep."""
+        if self._bell.wait(min(delay_s, _TRIM_AFTER_S)) or delay_s <= _TRIM_AFTER_S:
+            return
+        if self._computed_since_trim:
+            self._computed_since_trim = False
+            trim_memory()
+        self._bell.wait(delay_s - _TRIM_AFTER_S)
 
     def _take_now(self) -> tuple[Batch | None, float]:
         """The batch to compute now, or how many seconds nothing will be ready unless somebody rings."""
-        self._rung = False
-        while not self._bell.empty():
-            self._bell.get_nowait()
+        self._rung = False  # before the queues are read: a task that comes later rings again
         now = time.monotonic()
         best: tuple[int, float] | None = None
         chosen: TaskPool | None = None
@@ -170,9 +182,9 @@ class Runtime:
             self._fail(batch, error)
             return
         self._running -= len(batch.tasks)
+        self._computed_since_trim = True
         _deliver(batch.tasks, outputs)
-        if self._on_batch is not None:
-            self._on_batch(batch, time.perf_counter() - started, True)
+        self._observe(batch, time.perf_counter() - started, True)
 
     def _fail(self, batch: Batch, error: BaseException) -> None:
         self._running -= len(batch.tasks)
@@ -181,41 +193,49 @@ class Runtime:
         )
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
-        if self._on_batch is not None:
-            self._on_batch(batch, 0.0, False)
+        self._observe(batch, 0.0, False)
         reason = str(error).partition("\n")[0][:500]
         _deliver_error(
             batch.tasks, ExpertFailedError(f"{batch.pool.uid}: the expert failed: {type(error).__name__}: {reason}")
         )
 
+    def _observe(self, batch: Batch, seconds: float, succeeded: bool) -> None:
+        if self._on_batch is None:
+            return
+        try:
+            self._on_batch(batch, seconds, succeeded)
+        except Exception:
+            logger.exception("%s: the observer of batches failed", batch.pool.uid)
 
-def _deliver(tasks: list[Task], outputs: tuple[torch.Tensor, ...]) -> None:
-    """Split the rows among the tasks and resolve their futures on their loop, in one crossing."""
+
+def _deliver(tasks: list[Task], outputs: Flat) -> None:
+    """Split the rows among the tasks and resolve their futures on their loop, in one crossing a loop."""
     if len(tasks) == 1:
-        results = [outputs]
+        results: list[Flat] = [outputs]
     else:
         sizes = [task.rows for task in tasks]
-        results = list(zip(*(torch.split(output, sizes) for output in outputs), strict=True))
-    _call_on_loop(tasks, lambda: _resolve(tasks, results))
+        results = list(zip(*(torch.split(output, sizes) for output in outputs), strict=True)) or [()] * len(tasks)
+    _settle(tasks, results)
 
 
 def _deliver_error(tasks: list[Task], error: CallError) -> None:
-    if tasks:
-        _call_on_loop(tasks, lambda: _reject(tasks, error))
+    _settle(tasks, [error] * len(tasks))
 
 
-def _call_on_loop(tasks: list[Task], function: Callable[[], None]) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        tasks[0].future.get_loop().call_soon_threadsafe(function)
-
-
-def _resolve(tasks: list[Task], results: list[tuple[torch.Tensor, ...]]) -> None:
+def _settle(tasks: list[Task], results: Sequence[Flat | CallError]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Task, Flat | CallError]]] = {}
     for task, result in zip(tasks, results, strict=True):
-        if not task.future.done():
+        by_loop.setdefault(task.future.get_loop(), []).append((task, result))
+    for loop, pairs in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(_set_results, pairs)
+
+
+def _set_results(pairs: list[tuple[Task, Flat | CallError]]) -> None:
+    for task, result in pairs:
+        if task.future.done():
+            continue
+        if isinstance(result, CallError):
+            task.future.set_exception(result)
+        else:
             task.future.set_result(result)
-
-
-def _reject(tasks: list[Task], error: CallError) -> None:
-    for task in tasks:
-        if not task.future.done():
-            task.future.set_exception(error)

@@ -7,6 +7,7 @@ from the event loop and batches may be taken by a device thread: one lock guards
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -152,12 +153,17 @@ class TaskPool:
 
     def ready_at(self) -> float | None:
         """When a batch may be taken, on the pool's clock: the past means now. None: nothing waits."""
+        if self.min_batch_size > 1:
+            self._drop_all_dead()  # rows that nobody waits for any more must not fill a batch
         oldest = self.oldest()
         if oldest is None:
             return None
         if self._rows >= self.min_batch_size:
             return oldest
-        return oldest + self.max_queue_delay_s if self.max_queue_delay_s > 0 else float("inf")
+        ready = oldest + self.max_queue_delay_s if self.max_queue_delay_s > 0 else float("inf")
+        with self._lock:
+            # A task that expires while the pool waits for rows must be told so then.
+            return min([ready, *(task.deadline for task in self._tasks if task.deadline is not None)])
 
     def take_batch(self) -> Batch | None:
         """The next batch: the oldest live tasks up to `max_batch_size` rows; None when nothing waits."""
@@ -193,6 +199,10 @@ class TaskPool:
             tasks, self._tasks, self._rows = list(self._tasks), deque(), 0
         return tasks
 
+    def _drop_all_dead(self) -> None:
+        with self._lock:
+            self._drop_dead(self._clock())
+
     # -- private, with the lock held
 
     @staticmethod
@@ -202,8 +212,8 @@ class TaskPool:
     def _discard(self, task: Task) -> None:
         self._rows -= task.rows
         if not task.future.cancelled():
-            loop = task.future.get_loop()
-            loop.call_soon_threadsafe(_expire, task.future, self.uid)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                task.future.get_loop().call_soon_threadsafe(_expire, task.future, self.uid)
 
     def _drop_dead(self, now: float) -> None:
         live: deque[Task] = deque()

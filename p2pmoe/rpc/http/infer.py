@@ -48,6 +48,7 @@ async def infer(request: web.Request, service: Service, limits: LimitsConfig, bu
         tensors = await body.read_tensors(header.inputs)
         ordered = msgspec.structs.replace(header, inputs=tuple(header.inputs[index] for index in order))
         future = service.submit(Frame(ordered, tuple(tensors[index] for index in order)))
+        service.count_wire("in", header.inputs)
         service.flush()
         return _response(header, await future)
     finally:

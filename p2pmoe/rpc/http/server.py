@@ -12,18 +12,28 @@ from typing import Any
 
 import msgspec
 from aiohttp import hdrs, web
+from multidict import CIMultiDict
 
 from p2pmoe.config import HttpConfig, LimitsConfig
-from p2pmoe.errors import AddressInUseError, BadRequestError, CallError, DecodeError, TooLargeError, WireVersionError
+from p2pmoe.errors import (
+    AddressInUseError,
+    BadRequestError,
+    CallError,
+    DecodeError,
+    OverloadedError,
+    TooLargeError,
+    WireVersionError,
+)
 from p2pmoe.protocol.frames import EncodedFrame, FrameLimits
 from p2pmoe.protocol.messages import version_mismatch
 from p2pmoe.rpc.base import Service
 from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
-from p2pmoe.rpc.http.client import WIRE_VERSION_HEADER, write_frames
+from p2pmoe.rpc.http.client import JOIN_BYTES, WIRE_VERSION_HEADER, write_frames
 from p2pmoe.rpc.http.infer import infer
 from p2pmoe.types import WIRE_VERSION
 
 _READ_BYTES = 1024 * 1024
+_FRAMES_HEADERS: CIMultiDict[str] = CIMultiDict({hdrs.CONTENT_TYPE: "application/octet-stream"})
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -94,6 +104,7 @@ class HttpServer:
 
     def _routes(self) -> list[web.RouteDef]:
         return [
+            web.post(f"/p2pmoe/v{WIRE_VERSION}/exchange", self._exchange),  # a plain path is found faster
             web.post("/p2pmoe/{version:v[0-9]+}/exchange", self._exchange),
             web.get("/p2pmoe/{version:v[0-9]+}/experts", self._experts),
             web.get("/p2pmoe/{version:v[0-9]+}/experts/{uid}", self._expert),
@@ -112,6 +123,7 @@ class HttpServer:
         assert task is not None
         self._running.add(task)
         try:
+            self._check_connections()
             self._check_version(request)
             return await handler(request)
         except (CallError, DecodeError) as error:
@@ -120,6 +132,11 @@ class HttpServer:
             return _json({"error": f"{request.method} {request.path}: {error.reason}"}, error.status)
         finally:
             self._running.discard(task)
+
+    def _check_connections(self) -> None:
+        server = self._runner.server if self._runner is not None else None
+        if server is not None and len(server.connections) > self._limits.max_connections:
+            raise OverloadedError(f"more than {self._limits.max_connections} connections are open; try again soon")
 
     def _check_version(self, request: web.Request) -> None:
         asked = request.match_info.get("version", f"v{WIRE_VERSION}")[1:]
@@ -215,21 +232,26 @@ class _Exchange:
         received = 0
         while not self._calls.broken:
             try:
-                async with asyncio.timeout(limits.idle_read_timeout_s):
-                    chunk = await content.readany()
+                # A body that has arrived whole needs no timer.
+                chunk = await (content.readany() if content.is_eof() else self._read_in_time())
             except TimeoutError:
                 pause = f"no data for {limits.idle_read_timeout_s} s in the middle of an exchange"
                 self._calls.break_off(BadRequestError(pause))
-                return
-            if not chunk:
-                self._calls.feed_eof()
                 return
             received += len(chunk)
             if received > limits.max_exchange_bytes:
                 too_large = f"the exchange is over the limit of {limits.max_exchange_bytes} bytes; split it"
                 self._calls.break_off(TooLargeError(too_large))
                 return
-            self._calls.feed(chunk)
+            if chunk:
+                self._calls.feed(chunk)
+            if content.at_eof():
+                self._calls.feed_eof()
+                return
+
+    async def _read_in_time(self) -> bytes:
+        async with asyncio.timeout(self._limits.idle_read_timeout_s):
+            return await self._request.content.readany()
 
     @property
     def _complete(self) -> bool:
@@ -239,6 +261,9 @@ class _Exchange:
         while True:
             frames = self._calls.take_results()
             complete = self._complete
+            if complete and self._response is None and sum(frame.nbytes for frame in frames) <= JOIN_BYTES:
+                self._response = self._small_response(frames)
+                return
             if frames or complete:
                 response = self._response or await self._start_response(frames, complete)
                 await write_frames(frames, response.write)
@@ -249,8 +274,16 @@ class _Exchange:
                 self._wakeup.clear()
         await response.write_eof()
 
+    def _small_response(self, frames: list[EncodedFrame]) -> web.Response:
+        """All results at once, as one body: headers and body leave in one write."""
+        body = b"".join(buffer for frame in frames for buffer in frame.buffers)
+        response = web.Response(body=body, headers=_FRAMES_HEADERS)
+        if self._calls.broken:
+            response.force_close()
+        return response
+
     async def _start_response(self, frames: list[EncodedFrame], complete: bool) -> web.StreamResponse:
-        response = self._response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "application/octet-stream"})
+        response = self._response = web.StreamResponse(headers=_FRAMES_HEADERS)
         if self._calls.broken:
             response.force_close()  # the rest of the request is unread
         if complete:

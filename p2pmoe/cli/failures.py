@@ -1,0 +1,134 @@
+"""What a failure becomes for the shell: one line on standard error and an exit code. Knows no command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NoReturn
+
+import typer
+
+from p2pmoe.errors import ConfigError, P2PMoEError
+
+EXIT_UNEXPECTED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_NOTHING_FOUND: Final = 7
+EXIT_PARENT_GONE: Final = 129
+EXIT_INTERRUPTED: Final = 130
+EXIT_TERMINATED: Final = 143
+
+EXIT_CODES: Final = {
+    0: "done; for a node: left in good order",
+    1: "something unexpected; P2PMOE_DEBUG=1 or --debug shows the traceback",
+    2: "wrong usage: a flag, a uid or a pattern",
+    3: "a setting is wrong: node.toml, a P2PMOE_ variable, a flag",
+    4: "the key file cannot be used",
+    5: "a port is taken or not allowed",
+    6: "the swarm: a peer is unreachable, silent, or answered with an error",
+    7: "nothing found: no such expert is alive",
+    130: "Ctrl-C (a node: the second one)",
+    143: "SIGTERM (a node: the second one)",
+}
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised in the main thread so that `finally` clauses run. A BaseException like KeyboardInterrupt."""
+
+
+def raise_on_sigterm() -> None:
+    """For commands that end in order when they are told to: SIGTERM unwinds like Ctrl-C."""
+
+    def raise_terminated(*_: object) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, raise_terminated)
+
+
+@contextlib.contextmanager
+def hold_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the block has ended.
+
+    For imports of large packages: one that is cut short can turn the interruption into any other error.
+    """
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted."""
+    return os.environ.get("P2PMOE_DEBUG", "") not in ("", "0")
+
+
+def run_guarded(command: Callable[[], Any]) -> int:
+    """Run `command` and return the exit code; what it raises becomes one line on standard error."""
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _report("interrupted", EXIT_INTERRUPTED)
+    except Terminated:
+        return _report("terminated", EXIT_TERMINATED)
+    except BrokenPipeError:
+        # Whoever read our output has gone: nothing is left to say, and flushing at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNEXPECTED
+    except Exception as error:  # noqa: BLE001 - the last place that can turn it into a line
+        return report(error)
+
+
+def report(error: Exception) -> int:
+    """Print the one line that an error becomes, and return its exit code."""
+    if debugging():
+        traceback.print_exception(error)
+    if isinstance(error, P2PMoEError):
+        return _report(_one_line(str(error), *getattr(error, "__notes__", ())), error.exit_code)
+    if (usage := _usage_message(error)) is not None:
+        return _report(usage, EXIT_USAGE) if usage else EXIT_USAGE
+    if isinstance(error, OSError):
+        return _report(_one_line(str(error)), EXIT_UNEXPECTED)
+    hint = "" if debugging() else "; run it again with P2PMOE_DEBUG=1 for the traceback, and please report it"
+    return _report(f"unexpected {type(error).__name__}: {_one_line(str(error))}{hint}", EXIT_UNEXPECTED)
+
+
+def need_package(what: str, error: ImportError) -> ConfigError:
+    """The error for an optional package that is not installed; `what` needs it."""
+    return ConfigError(f"{what} needs {error.name}, which is not installed; run: pip install 'p2pmoe[tasks]'")
+
+
+def _report(line: str, code: int) -> int:
+    typer.echo(f"error: {line}", err=True)
+    return code
+
+
+def _one_line(*parts: str) -> str:
+    return " ".join(" ".join(part.split()) for part in parts)
+
+
+def _usage_message(error: Exception) -> str | None:
+    """The parser's own message, empty when it has printed the help; None for an error that is not the parser's.
+
+    Its exception classes have moved between releases; their methods have not.
+    """
+    format_message = getattr(error, "format_message", None)
+    if format_message is None:
+        return None
+    if not format_message():
+        return ""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "p2pmoe"
+    return f"{_one_line(format_message()).rstrip('.')}; see {command} --help"

@@ -1,0 +1,139 @@
+"""`p2pmoe node`: settings become a running node, until a signal ends it. The parts are put together in p2pmoe.node."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from p2pmoe.cli.arguments import AsJson, InitialPeers, SwarmId
+from p2pmoe.cli.logs import set_up_logs
+from p2pmoe.cli.output import print_json
+from p2pmoe.cli.process import prepare_process
+from p2pmoe.cli.settings import load_node_config, split_lists
+from p2pmoe.cli.stopping import StopSignals, exit_with_parent
+from p2pmoe.config import NodeConfig
+from p2pmoe.errors import P2PMoEError
+
+if TYPE_CHECKING:
+    from p2pmoe.node import Node
+
+logger = logging.getLogger(__name__)
+
+Experts = Annotated[
+    list[str] | None,
+    typer.Option("--experts", metavar="PATTERN…", help="Uids to host, e.g. 'ffn.[0:4].[0:4]'. [P2PMOE_EXPERTS_UIDS]"),
+]
+
+
+def node(
+    config: Annotated[
+        Path | None, typer.Option("-c", "--config", metavar="FILE", help="A node.toml; without it the defaults.")
+    ] = None,
+    initial_peers: InitialPeers = None,
+    experts: Experts = None,
+    kind: Annotated[str | None, typer.Option(help="ffn, transformer, nop, det_dropout, or your own.")] = None,
+    hidden_dim: Annotated[int | None, typer.Option("--hidden-dim", help="Width of the experts.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes initial parameters reproducible.")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="cpu, cuda:0, …; repeat it for several.")] = None,
+    torch_threads: Annotated[int | None, typer.Option("--torch-threads", help="Threads torch computes with.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address that both ports listen on; 0.0.0.0 for all.")] = None,
+    port: Annotated[int | None, typer.Option(help="TCP port of the calls; 0 lets the system pick.")] = None,
+    dht_port: Annotated[int | None, typer.Option("--dht-port", help="UDP port of the DHT; 0 likewise.")] = None,
+    identity: Annotated[str | None, typer.Option(metavar="KEY_FILE", help="Key file, made if missing.")] = None,
+    swarm_id: SwarmId = None,
+    log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")] = None,
+    log_format: Annotated[str | None, typer.Option("--log-format", help="text or json.")] = None,
+    as_json: AsJson = False,
+    parent: Annotated[bool, typer.Option("--exit-with-parent", hidden=True)] = False,
+) -> None:
+    r"""Run a volunteer's node: host experts for a swarm.
+
+    Prints the line that lets another node join; logs go to standard error.
+    The first Ctrl-C or SIGTERM lets running calls end, the second one does not.
+
+    Example: [bold]p2pmoe node --dht-port 31337 --experts 'ffn.\[0:4].\[0:4]' --hidden-dim 64[/bold]
+    """
+    if parent:
+        exit_with_parent()
+    prepare_process()
+    flags = {
+        "dht.initial_peers": split_lists(initial_peers),
+        "dht.host": host,
+        "dht.port": dht_port,
+        "dht.swarm_id": swarm_id,
+        "devices": split_lists(device),
+        "experts.hidden_dim": hidden_dim,
+        "experts.kind": kind,
+        "experts.seed": seed,
+        "experts.uids": split_lists(experts),
+        "http.host": host,
+        "http.port": port,
+        "identity_path": identity,
+        "log.format": log_format,
+        "log.level": log_level,
+        "torch_threads": torch_threads,
+    }
+    settings = load_node_config(config, flags)
+    set_up_logs(settings.log)
+    asyncio.run(_serve(settings, as_json=as_json))
+
+
+async def _serve(config: NodeConfig, *, as_json: bool) -> None:
+    with StopSignals() as signals:
+        from p2pmoe.node import Node
+
+        node = Node(config)
+        if not await _started(node, signals):
+            return
+        try:
+            if as_json:
+                print_json(_describe(node))
+            else:
+                typer.echo(join_line(node.dht_address, config.dht.swarm_id))
+            await signals.wait()
+            logger.info("leaving: running calls may end; a second signal ends them")
+        finally:
+            await node.close()
+
+
+async def _started(node: Node, signals: StopSignals) -> bool:
+    """Whether the node has started before a signal came."""
+    starting = asyncio.create_task(node.start())
+    stopping = asyncio.create_task(signals.wait())
+    try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            return False
+        try:
+            starting.result()
+        except P2PMoEError as error:
+            error.add_note(f"(while starting: {node.stage})")
+            raise
+        return True
+    finally:
+        for task in (starting, stopping):
+            task.cancel()
+        await asyncio.gather(starting, stopping, return_exceptions=True)
+
+
+def join_line(dht_address: str, swarm_id: str) -> str:
+    """The command that starts another node of the same swarm."""
+    words = ["p2pmoe", "node", "--initial-peers", dht_address]
+    if swarm_id != NodeConfig().dht.swarm_id:
+        words += ["--swarm-id", swarm_id]
+    return shlex.join(words)
+
+
+def _describe(node: Node) -> dict[str, Any]:
+    return {
+        "peer_id": node.peer_id,
+        "dht_address": node.dht_address,
+        "endpoint": node.endpoint.url,
+        "experts": [backend.name for backend in node.backends],
+        "join": join_line(node.dht_address, node.config.dht.swarm_id),
+    }

@@ -1,0 +1,141 @@
+"""Where a setting comes from: node.toml, then P2PMOE_* variables, then flags; the later one wins.
+
+The one place that reads environment variables. A key path in capitals with underscores for dots is its variable:
+`dht.port` is P2PMOE_DHT_PORT, `torch_threads` is P2PMOE_TORCH_THREADS. An empty variable counts as unset.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from p2pmoe.config import DHTConfig, NodeConfig, Section, parse_host_port
+from p2pmoe.errors import ConfigError
+
+PREFIX: Final = "P2PMOE_"
+OF_THE_COMMAND: Final = frozenset({"P2PMOE_DEBUG"})
+"""Variables that are no setting of a node."""
+OF_THE_TESTS: Final = "P2PMOE_TEST_"
+
+_CLIENT_KEYS: Final = ("initial_peers", "swarm_id", "join_timeout_s")
+
+
+def key_paths(section: type[msgspec.Struct] = NodeConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of node.toml as a dotted path, in the order of the file."""
+    for field in msgspec.structs.fields(section):
+        path = prefix + field.name
+        if isinstance(field.type, type) and issubclass(field.type, Section):
+            yield from key_paths(field.type, path + ".")
+        else:
+            yield path
+
+
+def variable_of(key_path: str) -> str:
+    """`dht.port` -> `P2PMOE_DHT_PORT`."""
+    return PREFIX + key_path.replace(".", "_").upper()
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Values of the P2PMOE_* variables by key path.
+
+    Raises:
+        ConfigError: a variable fits no key, or its text is no value of that key.
+    """
+    paths = {variable_of(path): path for path in key_paths()}
+    values: dict[str, Any] = {}
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name.startswith(OF_THE_TESTS) or name in OF_THE_COMMAND or not environ[name]:
+            continue
+        if name not in paths:
+            raise ConfigError(
+                f"{name}: no such setting; a variable is a key of node.toml in capitals, e.g. P2PMOE_DHT_PORT"
+                f" for dht.port; unset it"
+            )
+        values[paths[name]] = read_value(paths[name], environ[name], source=name)
+    return values
+
+
+def read_value(key_path: str, text: str, *, source: str) -> Any:
+    """The value that a text stands for: TOML, a comma-separated list, or the text itself, whichever the key takes.
+
+    Raises ConfigError when the key takes none of them.
+    """
+    first: ConfigError | None = None
+    for candidate in _readings(text):
+        try:
+            NodeConfig.from_tree({}, source=source, overrides={key_path: candidate})
+        except ConfigError as error:
+            first = first or error
+        else:
+            return candidate
+    assert first is not None
+    raise first
+
+
+def load_node_config(
+    path: Path | None, flags: Mapping[str, Any], environ: Mapping[str, str] | None = None
+) -> NodeConfig:
+    """The settings of a node.
+
+    Args:
+        path: node.toml; None starts from the defaults.
+        flags: key path -> value of a command line flag; None means that the flag was not given.
+        environ: stands in for the process's environment.
+
+    Raises:
+        ConfigError: the message names the file, variable or flag, the key path, and what was expected.
+    """
+    overrides = from_environment(os.environ if environ is None else environ)
+    for key_path, value in flags.items():
+        if value is None:
+            continue
+        NodeConfig.from_tree({}, source="command line", overrides={key_path: value})
+        overrides[key_path] = value
+    if path is None:
+        return NodeConfig.from_tree({}, overrides=overrides)
+    return NodeConfig.load(path, overrides)
+
+
+def load_client_config(
+    initial_peers: Sequence[str], swarm_id: str | None, environ: Mapping[str, str] | None = None
+) -> DHTConfig:
+    """The `[dht]` section for a command that only asks: where the swarm is, on a port that the system picks.
+
+    Raises:
+        ConfigError: as `load_node_config`, or no initial peer is given anywhere.
+    """
+    flags = {"dht.initial_peers": tuple(initial_peers) or None, "dht.swarm_id": swarm_id}
+    config = load_node_config(None, flags, environ).dht
+    if not config.initial_peers:
+        raise ConfigError(
+            "no initial peer: give --initial-peers HOST:PORT (a node prints it when it starts) or set "
+            "P2PMOE_DHT_INITIAL_PEERS"
+        )
+    for peer in config.initial_peers:
+        parse_host_port(peer, what="initial peer")
+    return DHTConfig(**{key: getattr(config, key) for key in _CLIENT_KEYS})
+
+
+def split_lists(values: Sequence[str] | None) -> tuple[str, ...] | None:
+    """`["a,b", "c"]` -> `("a", "b", "c")`; None when the flag was not given."""
+    if not values:
+        return None
+    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
+
+
+def _readings(text: str) -> Iterator[Any]:
+    try:
+        yield tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    else:
+        yield [part.strip() for part in text.split(",")]
+        yield text
+        return
+    yield text
+    yield [part.strip() for part in text.split(",")]

@@ -1,0 +1,105 @@
+"""JSON documents of a node over HTTP. Knows neither frames nor tensors, so it serves callers that never load torch."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Any, Final, Self
+
+import aiohttp
+import msgspec
+from aiohttp import hdrs
+from yarl import URL
+
+from p2pmoe.errors import DecodeError, PeerUnreachableError, call_error
+from p2pmoe.types import WIRE_VERSION, Endpoint
+
+WIRE_VERSION_HEADER: Final = "P2PMoE-Wire-Version"
+MAX_DOCUMENT_BYTES: Final = 4 * 1024 * 1024
+
+
+def open_session(timeout: aiohttp.ClientTimeout, **options: Any) -> aiohttp.ClientSession:
+    """A session that keeps connections per peer and accepts nothing it did not ask for."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=timeout,
+        auto_decompress=False,  # a compressed answer is never asked for, and could be a bomb
+        skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING),
+        headers={WIRE_VERSION_HEADER: str(WIRE_VERSION)},
+        **options,
+    )
+
+
+async def fetch_json(session: aiohttp.ClientSession, endpoint: Endpoint, path: str) -> Any:
+    """A JSON document of the node. Raises PeerUnreachableError, CallError, DecodeError."""
+    try:
+        async with session.get(URL(endpoint.url + path), allow_redirects=False) as response:
+            if response.status != 200:
+                raise await refusal(response)
+            body = await _read_document(response)
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise unreachable(endpoint, error) from error
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DecodeError(f"{endpoint}{path} is no JSON document: {error}") from error
+
+
+class HttpDocuments:
+    """Reads documents of many nodes, each within `timeout_s`. Use as `async with`; belongs to one event loop."""
+
+    def __init__(self, *, timeout_s: float = 5.0) -> None:
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._session: aiohttp.ClientSession | None = None
+
+    def __repr__(self) -> str:
+        return f"<HttpDocuments: {'closed' if self._session is None else 'open'}>"
+
+    async def get_json(self, endpoint: Endpoint, path: str) -> Any:
+        """See `Transport.get_json`."""
+        if self._session is None:
+            self._session = open_session(self._timeout)
+        return await fetch_json(self._session, endpoint, path)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+async def _read_document(response: aiohttp.ClientResponse) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_DOCUMENT_BYTES:
+            raise DecodeError(f"{response.url} is longer than {MAX_DOCUMENT_BYTES} bytes")
+    return bytes(body)
+
+
+async def refusal(response: aiohttp.ClientResponse) -> Exception:
+    """The CallError for a status that refuses a request as a whole."""
+    try:
+        document = msgspec.json.decode(await _read_document(response))
+        message = str(document["error"])[:4096]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        message = f"{response.url} answered {response.status} {response.reason}"
+    retry_after = response.headers.get(hdrs.RETRY_AFTER, "")
+    return call_error(response.status, message, float(retry_after) if retry_after.isdigit() else None)
+
+
+def unreachable(endpoint: Endpoint, error: BaseException) -> PeerUnreachableError:
+    """The error of ours for one of the HTTP library's."""
+    reason = str(error) or type(error).__name__
+    if isinstance(error, asyncio.TimeoutError):
+        reason = f"no answer in time ({reason})"
+    return PeerUnreachableError(f"{endpoint} cannot be reached: {reason}; is the node up and its port open?")

@@ -1,0 +1,159 @@
+"""node.toml: every key typed, wrong ones refused with file, key path and what was expected."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pmoe import NodeConfig
+from p2pmoe.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_defaults_need_no_file_and_stay_on_loopback() -> None:
+    config = NodeConfig()
+    assert (config.http.host, config.http.port, config.dht.host, config.dht.port) == ("127.0.0.1", 0, "127.0.0.1", 0)
+    assert config.identity_path is None
+    assert config.experts.uids == ()
+    assert NodeConfig.parse("") == config
+    assert NodeConfig.from_tree(config.to_dict()) == config
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text(
+        """
+        identity_path = "key.pem"
+        devices = ["cpu", "cuda:1"]
+        [http]
+        port = 8080
+        [dht]
+        initial_peers = ["127.0.0.1:1", "[::1]:2"]
+        [experts]
+        uids = ["ffn.[0:4].[0:4]"]
+        options = { inner_dim = 7 }
+        [optimizer]
+        clip_grad_norm = false
+        options = { betas = [0.9, 0.99] }
+        """
+    )
+    config = NodeConfig.load(path)
+    assert config.devices == ("cpu", "cuda:1")
+    assert config.http.port == 8080
+    assert config.dht.initial_peers == ("127.0.0.1:1", "[::1]:2")
+    assert config.experts.options == {"inner_dim": 7}
+    assert config.optimizer.clip_grad_norm is None
+    assert config.http.keepalive_timeout_s == NodeConfig().http.keepalive_timeout_s
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ("[http]\nport = '80'", "http.port", "int"),
+        ("[http]\nport = 70000", "http.port", "65535"),
+        ("[http]\nport = -1", "http.port", "0"),
+        ("[http]\nport = 1.5", "http.port", "int"),
+        ("[http]\nport = true", "http.port", "int"),
+        ("[http]\ndrain_timeout_s = 0", "http.drain_timeout_s", "0"),
+        ("[htp]\nport = 1", "htp", "unknown key"),
+        ("[http]\nprot = 1", "http.prot", "unknown key"),
+        ("device = 'cpu'", "device", "unknown key"),
+        ("http = 3", "http", "object"),
+        ("[experts]\nuids = 'ffn.0'", "experts.uids", "array"),
+        ("[experts]\nuids = [1]", "experts.uids", "str"),
+        ("[optimizer]\nclip_grad_norm = true", "optimizer.clip_grad_norm", "float"),
+        ("[optimizer]\ndecay = 'step'", "optimizer.decay", "step"),
+        ("[log]\nlevel = 'loud'", "log.level", "loud"),
+        ("[limits]\nmax_rank = 0", "limits.max_rank", "1"),
+        ("[batching]\nmax_batch_size = 0", "batching.max_batch_size", "1"),
+    ],
+)
+def test_a_wrong_setting_names_file_key_and_what_was_expected(text: str, key: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        NodeConfig.parse(text, source="my/node.toml")
+    message = str(caught.value)
+    assert message.startswith(f"my/node.toml: {key}")
+    assert expected in message
+    assert "\n" not in message
+    assert "$" not in message
+
+
+def test_what_is_no_toml_names_file_and_line() -> None:
+    with pytest.raises(ConfigError, match=r"my\.toml: not valid TOML.*line 2"):
+        NodeConfig.parse("a = 1\nb = \nc = 2", source="my.toml")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "node.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        NodeConfig.load(path)
+    with pytest.raises(ConfigError):
+        NodeConfig.load(tmp_path)
+
+
+def test_overrides_win_and_leave_the_tree_alone() -> None:
+    tree = {"dht": {"port": 1}, "http": {}}
+    config = NodeConfig.from_tree(tree, overrides={"dht.port": 2, "http.host": "::", "log.level": "debug"})
+    assert (config.dht.port, config.http.host, config.log.level) == (2, "::", "debug")
+    assert tree == {"dht": {"port": 1}, "http": {}}
+
+
+@pytest.mark.parametrize("key", ["dht.port.x", "identity_path.x"])
+def test_an_override_through_a_value_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="table"):
+        NodeConfig.from_tree({"dht": {"port": 1}, "identity_path": "x"}, overrides={key: 1})
+
+
+def test_an_override_of_an_unknown_key_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dht\.prot: unknown key"):
+        NodeConfig.from_tree({}, overrides={"dht.prot": 1})
+
+
+values = st.recursive(
+    st.booleans() | st.integers(-5, 70000) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = [*NodeConfig.__struct_fields__, "other"]
+
+
+@given(
+    st.dictionaries(st.sampled_from(KEYS), st.dictionaries(st.sampled_from(["host", "port", "lr"]), values) | values)
+)
+def test_any_tree_is_a_config_or_a_config_error(tree: dict[str, Any]) -> None:
+    try:
+        config = NodeConfig.from_tree(tree)
+    except ConfigError:
+        return
+    assert NodeConfig.from_tree(config.to_dict()) == config
+
+
+def test_sections_have_units_and_the_whole_is_immutable() -> None:
+    config = NodeConfig()
+    with pytest.raises(AttributeError):
+        config.http = None  # type: ignore[misc,assignment]
+    for section in config.__struct_fields__:
+        value = getattr(config, section)
+        for name in getattr(value, "__struct_fields__", ()):
+            if name.endswith(("timeout", "delay", "bytes_max", "ttl", "refresh")):
+                pytest.fail(f"{section}.{name} has no unit")
+
+
+def test_the_documented_file_lists_every_key_with_its_default() -> None:
+    text = (ROOT / "node.toml").read_text()
+    assert NodeConfig.parse(text) == NodeConfig()
+    for section, value in msgspec.to_builtins(NodeConfig()).items():
+        keys = value if isinstance(value, dict) else [section]
+        table = text.partition(f"[{section}]")[2] if isinstance(value, dict) else text
+        for key in keys:
+            assert re.search(rf"(?m)^(#:? ?)?{key} = ", table.partition("\n[")[0]), f"{section}.{key}"
