@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from p2pmoe import __version__
 from p2pmoe.config import HttpConfig, NodeConfig
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.errors import ClosedError, ConfigError
@@ -52,7 +53,11 @@ class Node:
     """
 
     def __init__(
-        self, config: NodeConfig | None = None, backends: Sequence[ExpertBackend] = (), *, server_name: str = "p2pmoe"
+        self,
+        config: NodeConfig | None = None,
+        backends: Sequence[ExpertBackend] = (),
+        *,
+        server_name: str = __version__,
     ) -> None:
         self.config = config or NodeConfig()
         self.backends: list[ExpertBackend] = list(backends)

@@ -6,7 +6,7 @@ a DHT.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from p2pmoe.errors import DecodeError
 from p2pmoe.experts.directory import Children, ExpertRecord, Provider
 from p2pmoe.experts.uid import UidPattern, parse_uid
-from p2pmoe.protocol.nested import nested_flatten
+from p2pmoe.protocol.nested import nested_flatten, nested_packer
 from p2pmoe.protocol.schema import BatchTensorProto, schema_digest, schema_from_json
 from p2pmoe.types import PeerId
 
@@ -56,6 +56,11 @@ class ExpertInfo:
         """Whether the arguments are positional tensors without nesting or keywords."""
         args, kwargs = self.forward_schema
         return not kwargs and all(isinstance(each, BatchTensorProto) for each in args)
+
+    @cached_property
+    def pack_outputs(self) -> Callable[[Iterable[Any]], Any]:
+        """Puts flat outputs into the structure of the schema."""
+        return nested_packer(self.outputs_schema)
 
     @classmethod
     def from_json(cls, document: Any, *, expected_digest: str) -> ExpertInfo:

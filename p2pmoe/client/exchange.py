@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -250,9 +251,9 @@ class Dispatcher:
                     reason = self._receive(waiting, frame) or reason
                 if not waiting:
                     # Read the end of the body, so that the connection can serve the next exchange.
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(_LINGER_S):
-                            await anext(replies, None)
+                    linger = self._loop.call_later(_LINGER_S, _current_task().cancel)
+                    await anext(replies, None)
+                    linger.cancel()
         except P2PMoEError as error:
             reason = error
         except asyncio.CancelledError:
@@ -297,6 +298,12 @@ class Dispatcher:
         for task, waiting in list(self._exchanges.items()):
             if waiting and all(call.group is None for call in waiting.values()):
                 task.cancel()
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 def _by_endpoint(calls: Sequence[Call]) -> dict[Endpoint, list[Call]]:

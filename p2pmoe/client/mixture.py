@@ -6,6 +6,7 @@ back. Knows nothing of sockets. Shapes: B rows, D features, K experts a row, P (
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Coroutine, Generator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from p2pmoe.errors import DecodeError, ExpertNotFoundError, ExpertsUnavailableEr
 from p2pmoe.experts.directory import Provider
 from p2pmoe.experts.uid import parse_uid, prefix_of
 from p2pmoe.protocol.nested import nested_map, nested_pack
-from p2pmoe.protocol.schema import BatchTensorProto
+from p2pmoe.protocol.schema import BatchTensorProto, format_schema
 from p2pmoe.rpc.base import Flat
 from p2pmoe.types import Pass
 
@@ -155,49 +156,55 @@ class RemoteMixtureOfExperts(nn.Module):
 
     async def acall(self, x: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """The same from a coroutine of any loop, which stays free meanwhile. `backward()` blocks as always."""
-        timeout_s = self.options.forward_timeout_s
+        deadline = time.monotonic() + self.options.forward_timeout_s
         steps, answer = self._forward_steps(x, args, kwargs), None
         while True:
             try:
                 step = steps.send(answer)
             except StopIteration as stop:
                 return stop.value
-            answer = None
+            answer, left_s = None, _left(deadline)
             if isinstance(step, CallGroup):
-                await self.swarm.call_async(step, timeout_s)
+                await self.swarm.call_async(step, left_s)
             else:
-                answer = await self.swarm.run_async(step, timeout_s)
+                answer = await self.swarm.run_async(step, left_s)
 
     def _drive(self, steps: Steps[T], timeout_s: float) -> T:
-        answer = None
+        answer, deadline = None, time.monotonic() + timeout_s
         while True:
             try:
                 step = steps.send(answer)
             except StopIteration as stop:
                 result: T = stop.value
                 return result
-            answer = None
+            answer, left_s = None, _left(deadline)
             if isinstance(step, CallGroup):
-                self.swarm.call(step, timeout_s)
+                self.swarm.call(step, left_s)
             else:
-                answer = self.swarm.run(step, timeout_s)
+                answer = self.swarm.run(step, left_s)
 
     # -- forward
 
     def _forward_steps(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps[Any]:
+        deadline = time.monotonic() + self.options.forward_timeout_s
         if self._info is None:
             self._info = yield self._discover()
-        if self._info is None:
-            return torch.zeros_like(x)  # nobody is there, and zeros are allowed
+        if self._info is None:  # nobody is there, and zeros are allowed
+            self._check_input(x)
+            rows = x.reshape(-1, self.in_features)
+            return self._nothing(rows, self._scores(rows), [torch.zeros_like(x)], None)
         batch = self._prepare(self._info, x, args, kwargs)
         scores = self._scores(batch.gating_input)
+        if not len(batch.gating_input):
+            zeros = [proto.make_zeros(0, x.device).view(*batch.lead, *proto.shape) for proto in batch.info.outputs]
+            return self._nothing(batch.inputs[0], scores, zeros, batch.info.outputs_schema)
         for attempt in range(_ATTEMPTS):
             found = yield from self._search(scores)
             way = self._route(batch.info, found)
             sorted_inputs = tuple(
                 tensor.index_select(0, way.routing.rows_P.to(tensor.device)) for tensor in batch.inputs
             )
-            group, sent = self._forward_group(way, sorted_inputs, found.valid)
+            group, sent = self._forward_group(way, sorted_inputs, found.valid, _left(deadline))
             if sent:
                 yield group
             results = self._collect(way, group, sent, self.options.forward_timeout_s)
@@ -207,7 +214,7 @@ class RemoteMixtureOfExperts(nn.Module):
                 break
             # A peer that did not answer is left out of the next search, so other experts may step in.
             lost = any(isinstance(result, P2PMoEError) for result in results)
-            if attempt + 1 == _ATTEMPTS or not lost:
+            if attempt + 1 == _ATTEMPTS or not lost or time.monotonic() >= deadline:
                 raise self._unavailable("forward", short, results)
         outputs = self._attach(way, results, sorted_inputs)
         weights = self._weights(scores, found.coordinates.to(x.device), alive.to(x.device))
@@ -251,14 +258,29 @@ class RemoteMixtureOfExperts(nn.Module):
             f"run `p2pmoe lookup '{self.uid_prefix}.*'` to see who is there"
         )
 
-    def _prepare(self, info: ExpertInfo, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+    def _check_input(self, x: torch.Tensor) -> None:
         if x.ndim < 2 or x.shape[-1] != self.in_features:
             raise SchemaError(
                 f"{self!r} takes [B, {self.in_features}] or [B, T, {self.in_features}], got {list(x.shape)}"
             )
+
+    def _nothing(
+        self, rows: torch.Tensor, scores: Sequence[torch.Tensor], zeros: Sequence[torch.Tensor], structure: Any
+    ) -> Any:
+        """These zeros, in the graph of input and gate, so that training goes on through them."""
+        silent = [each.masked_fill(torch.ones_like(each, dtype=torch.bool), 0.0).sum() for each in (rows, *scores)]
+        mixed = [sum((zero.to(each.dtype) for zero in silent), start=each) for each in zeros]
+        wished = torch.stack([score.argmax(-1) for score in scores], dim=-1).unsqueeze(1)
+        return self._finish(nested_pack(mixed, structure), scores, wished)
+
+    def _prepare(self, info: ExpertInfo, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        self._check_input(x)
         if self.options.detect_anomalies and not bool(x.isfinite().all()):
             raise SchemaError("the input has non-finite values; detect_anomalies refuses to send them")
         row_rank = len(info.inputs[0].shape)
+        if not 1 <= row_rank < x.ndim:
+            expert = f"{self.uid_prefix} takes {format_schema(info.forward_schema)}"
+            raise SchemaError(f"{expert}; an input of {list(x.shape)} has no batch dimension in front of that")
         lead = tuple(x.shape[: x.ndim - row_rank])
         args, kwargs = nested_map(lambda each: each.reshape(-1, *each.shape[len(lead) :]), ((x, *args), kwargs))
         inputs = check_arguments(self.uid_prefix, info, args, kwargs)
@@ -289,8 +311,10 @@ class RemoteMixtureOfExperts(nn.Module):
         uids = [prefix_of(self.uid_prefix, expert)[:-1] for expert in routing.experts]
         return Route(routing, uids, providers, info, len(found.valid))
 
-    def _forward_group(self, way: Route, inputs: Flat, valid: torch.Tensor) -> tuple[CallGroup, list[int]]:
-        info, timeout_s = way.info, self.options.forward_timeout_s
+    def _forward_group(
+        self, way: Route, inputs: Flat, valid: torch.Tensor, timeout_s: float
+    ) -> tuple[CallGroup, list[int]]:
+        info = way.info
         sent = [index for index, provider in enumerate(way.providers) if provider is not None]
         calls = [self._call(way, index, "forward", inputs, info.inputs, info.outputs, timeout_s) for index in sent]
         enough = _Enough(way, sent, valid.sum(1).clamp(max=self.options.k_min))
@@ -380,7 +404,7 @@ class RemoteMixtureOfExperts(nn.Module):
             weighted = output * weights_P.to(output.dtype).view(-1, *[1] * (output.ndim - 1))
             total = torch.zeros(way.rows, *output.shape[1:], dtype=weighted.dtype, device=weighted.device)
             mixed.append(total.index_add(0, rows_P, weighted).view(*batch.lead, *output.shape[1:]))
-        return nested_pack(mixed, batch.info.outputs_schema)
+        return batch.info.pack_outputs(mixed)
 
     # -- backward
 
@@ -455,6 +479,11 @@ class _Enough:
     def __call__(self, position: int) -> bool:
         self._missing[self._rows[position]] -= 1
         return not bool((self._missing > 0).any())
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then, never quite none."""
+    return max(1e-3, deadline - time.monotonic())
 
 
 def _count_rows(way: Route, experts: Sequence[int]) -> torch.Tensor:

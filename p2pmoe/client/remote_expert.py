@@ -30,7 +30,7 @@ from p2pmoe.errors import (
 from p2pmoe.experts.directory import Provider
 from p2pmoe.experts.uid import parse_uid
 from p2pmoe.protocol.messages import new_call_id
-from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_pack
+from p2pmoe.protocol.nested import nested_compare, nested_flatten
 from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tensor
 from p2pmoe.rpc.base import Flat
 from p2pmoe.types import Pass
@@ -80,7 +80,7 @@ class RemoteExpert(nn.Module):
         info = self.info
         tensors = check_arguments(self.uid, info, args, kwargs)
         outputs = self._call("forward", tensors, info.inputs, info.outputs, self.forward_timeout_s)
-        return nested_pack(self._attach(outputs, tensors), info.outputs_schema)
+        return info.pack_outputs(self._attach(outputs, tensors))
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """The same from a coroutine of any loop; the loop stays free while the expert computes."""
@@ -89,7 +89,7 @@ class RemoteExpert(nn.Module):
         info = self._info
         tensors = check_arguments(self.uid, info, args, kwargs)
         outputs = await self._call_async("forward", tensors, info.inputs, info.outputs, self.forward_timeout_s)
-        return nested_pack(self._attach(outputs, tensors), info.outputs_schema)
+        return info.pack_outputs(self._attach(outputs, tensors))
 
     def call_backward(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> Flat:
         """One backward pass: trains the expert, gives the gradients of every input. Flat, in wire order."""
@@ -109,7 +109,8 @@ class RemoteExpert(nn.Module):
 
     def _attach(self, outputs: Flat, tensors: Flat) -> Flat:
         device = tensors[0].device
-        outputs = tuple(output.to(device) for output in outputs)
+        if device.type != "cpu":
+            outputs = tuple(output.to(device) for output in outputs)
         if not torch.is_grad_enabled() or not len(tensors[0]):
             return outputs
         attached: Flat = _RemoteCall.apply(  # type: ignore[no-untyped-call]
@@ -277,6 +278,8 @@ def check_arguments(uid: str, info: ExpertInfo, args: tuple[Any, ...], kwargs: d
 def _cast(uid: str, index: int, value: Any, proto: BatchTensorProto) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise SchemaError(f"{uid}: argument {index} must be a tensor {proto}, got {type(value).__name__}")
+    if value.dtype is proto.dtype and value.shape[1:] == proto.shape and value.ndim:
+        return value
     both_floating = value.is_floating_point() and proto.dtype.is_floating_point
     if value.ndim == 0 or tuple(value.shape[1:]) != proto.shape or not (value.dtype == proto.dtype or both_floating):
         got = format_tensor(tuple(value.shape), str(value.dtype).removeprefix("torch."))

@@ -54,6 +54,7 @@ class RemoteSwitchMixtureOfExperts(RemoteMixtureOfExperts):
         losses = []
         for level, score in enumerate(scores):
             grid = score.shape[1]
-            routed = functional.one_hot(coordinates[:, 0, level], grid).to(score.dtype).mean(0)
-            losses.append(grid * (routed * torch.softmax(score, dim=-1).mean(0)).sum())
+            rows = max(1, len(score))  # no rows at all are balanced, not NaN
+            routed = functional.one_hot(coordinates[:, 0, level], grid).to(score.dtype).sum(0) / rows
+            losses.append(grid * (routed * torch.softmax(score, dim=-1).sum(0) / rows).sum())
         return mixed, torch.stack(losses).mean()

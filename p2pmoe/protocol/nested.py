@@ -32,6 +32,8 @@ def nested_pack(flat: Iterable[Any], structure: Any) -> Any:
 def nested_packer(structure: Any) -> Callable[[Iterable[Any]], Any]:
     """`nested_pack` for one structure, which is taken apart only once."""
     spec = _structure(structure)
+    if spec.is_leaf():
+        return _only
 
     def pack(flat: Iterable[Any]) -> Any:
         leaves = tuple(flat)
@@ -40,6 +42,13 @@ def nested_packer(structure: Any) -> Callable[[Iterable[Any]], Any]:
         return spec.unflatten(leaves)
 
     return pack
+
+
+def _only(flat: Iterable[Any]) -> Any:
+    leaves = tuple(flat)
+    if len(leaves) != 1:
+        raise SchemaError(f"{len(leaves)} values cannot fill a structure of 1")
+    return leaves[0]
 
 
 def nested_compare(first: Any, second: Any) -> bool:

@@ -52,6 +52,13 @@ class ByteBudget:
         self.held -= count
 
 
+def check_wire_version(header: RequestHeader) -> None:
+    """Raises WireVersionError when a call asks for another version than ours."""
+    version = header.parameters.wire_version
+    if version is not None and version != WIRE_VERSION:
+        raise WireVersionError(version_mismatch(version))
+
+
 class ServerExchange:
     """One exchange being answered."""
 
@@ -87,7 +94,9 @@ class ServerExchange:
         return len(self._running)
 
     def feed(self, chunk: bytes) -> None:
-        """Use up one received chunk."""
+        """Use up one received chunk; after a break nothing is read any more."""
+        if self.broken:
+            return
         try:
             self._reader.feed(chunk)
             while (event := self._reader.next_event()) is not None:
@@ -95,9 +104,13 @@ class ServerExchange:
         except DecodeError as error:
             self.break_off(error)
         self._service.flush()
+        if self._results:  # refusals need not wait for the rest of the request
+            self._wake()
 
     def feed_eof(self) -> None:
         """The request ended."""
+        if self.broken:
+            return
         try:
             self._reader.feed_eof()
         except DecodeError as error:
@@ -144,9 +157,7 @@ class ServerExchange:
     def _admit(self, event: HeaderReceived[RequestHeader]) -> None:
         self._count_call()
         try:
-            version = event.header.parameters.wire_version
-            if version is not None and version != WIRE_VERSION:
-                raise WireVersionError(version_mismatch(version))
+            check_wire_version(event.header)
             self._service.admit(event.header)
             self._budget.take(event.body_bytes)
         except CallError as error:

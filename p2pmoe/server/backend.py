@@ -96,7 +96,7 @@ class ExpertBackend(nn.Module):
         args, kwargs = self._pack_forward(inputs)
         with self._computing, torch.no_grad():
             outputs = self.expert(*args, **kwargs)
-        return nested_flatten(outputs)
+        return (outputs,) if isinstance(outputs, torch.Tensor) else nested_flatten(outputs)
 
     def backward(self, *inputs: torch.Tensor) -> Flat:
         """Gradients with respect to the inputs; one optimizer step happens inside.

@@ -92,12 +92,14 @@ class PlainDevice:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._is_cpu = device.type == "cpu"
 
     def __repr__(self) -> str:
         return f"<PlainDevice {self._device}>"
 
     def stage(self, batch: Batch) -> Staged:
-        return Staged(batch, tuple(tensor.to(self._device) for tensor in merge(batch)))
+        inputs = merge(batch)
+        return Staged(batch, inputs if self._is_cpu else tuple(tensor.to(self._device) for tensor in inputs))
 
     def launch(self, staged: Staged) -> Launched:
         outputs = staged.batch.pool.process_function(*staged.inputs)
@@ -105,7 +107,7 @@ class PlainDevice:
         return Launched(staged.batch, outputs)
 
     def finish(self, launched: Launched) -> Flat:
-        return tuple(output.detach().to("cpu") for output in launched.outputs)
+        return tuple(output.detach() if output.is_cpu else output.detach().to("cpu") for output in launched.outputs)
 
 
 class CudaDevice:

@@ -125,8 +125,8 @@ class TaskPool:
         """`submit_task` without waking the device: several calls that arrive together share a batch."""
         if not tensors or any(tensor.ndim == 0 for tensor in tensors):
             raise BadRequestError("a call needs tensors with the batch dimension in front")
-        rows = len(tensors[0])
-        if any(len(tensor) != rows for tensor in tensors):
+        rows = tensors[0].shape[0]
+        if any(tensor.shape[0] != rows for tensor in tensors):
             raise BadRequestError(f"the tensors of a call differ in rows: {[len(tensor) for tensor in tensors]}")
         future = asyncio.get_running_loop().create_future()
         task = Task(tensors, rows, future, self._clock(), deadline)

@@ -176,7 +176,7 @@ def ffn_against_local(emit: Emit, repeats: int, device: str) -> None:
 
             budget_s = 1.0 if rows < 2048 else 2.5
             figures = compare(
-                lambda: forward(expert), lambda: forward(local), repeats=repeats, budget_s=budget_s  # noqa: B023
+                lambda: forward(expert), lambda: forward(local), repeats=repeats, budget_s=budget_s
             )
             emit(case="ffn_forward", shape=[rows, dim], baseline="local torch", demand_ratio=forward_demand, **figures)
             figures = compare(remote_backward, local_backward, repeats=repeats, budget_s=budget_s)

@@ -47,6 +47,8 @@ class Command:
         for child in [*family, *self._family]:
             if child.is_running():
                 child.kill()
+        if error is not None:  # pytest shows it with the failure
+            print(f"standard output:\n{self.stdout.wait_for_end()}\nstandard error:\n{self.stderr.wait_for_end()}")
         self.stdout.close()
         self.stderr.close()
         assert self.process.stdin is not None

@@ -17,8 +17,8 @@ import torch
 from aiohttp import hdrs, web
 
 from p2pmoe.config import LimitsConfig
-from p2pmoe.errors import BadRequestError, DecodeError, TooLargeError
-from p2pmoe.protocol.frames import Frame, FrameLimits, TensorSink, describe_tensor, wire_size
+from p2pmoe.errors import BadRequestError, DecodeError, EncodeError, ExpertFailedError, TooLargeError
+from p2pmoe.protocol.frames import Frame, FrameLimits, TensorSink, decoded_size, describe_tensor, wire_size
 from p2pmoe.protocol.messages import (
     RequestHeader,
     ResponseHeader,
@@ -27,9 +27,9 @@ from p2pmoe.protocol.messages import (
     encode_json,
     request_decoder,
 )
-from p2pmoe.protocol.schema import DATATYPE_TO_DTYPE, DTYPE_TO_DATATYPE
+from p2pmoe.protocol.schema import DATATYPE_TO_DTYPE
 from p2pmoe.rpc.base import Flat, Service
-from p2pmoe.rpc.exchange import ByteBudget
+from p2pmoe.rpc.exchange import ByteBudget, check_wire_version
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 
@@ -40,9 +40,10 @@ async def infer(request: web.Request, service: Service, limits: LimitsConfig, bu
     header = msgspec.structs.replace(
         decode_header(request_decoder, await body.read_json()), model_name=request.match_info["uid"]
     )
+    check_wire_version(header)
     order = _order_of_inputs(header.inputs)
     service.admit(msgspec.structs.replace(header, inputs=tuple(header.inputs[index] for index in order)))
-    held = sum(wire_size(tensor, body.frame_limits)[1] for tensor in header.inputs)
+    held = _total_size(header.inputs, body.frame_limits)
     budget.take(held)
     try:
         tensors = await body.read_tensors(header.inputs)
@@ -53,6 +54,16 @@ async def infer(request: web.Request, service: Service, limits: LimitsConfig, bu
         return _response(header, await future)
     finally:
         budget.give(held)
+
+
+def _total_size(inputs: tuple[TensorHeader, ...], limits: FrameLimits) -> int:
+    """Bytes of all tensors. Raises TooLargeError before memory is allocated for any."""
+    for tensor in inputs:
+        wire_size(tensor, limits)
+    total = sum(map(decoded_size, inputs))
+    if total > limits.body_bytes:
+        raise TooLargeError(f"the inputs take {total} bytes, the limit is {limits.body_bytes}; send fewer rows a call")
+    return total
 
 
 class _Body:
@@ -172,7 +183,9 @@ def tensor_from_json(header: TensorHeader, limits: FrameLimits) -> torch.Tensor:
                 f"data has {len(values)}"
             )
         return torch.tensor(values, dtype=dtype).reshape(header.shape)
-    except (msgspec.DecodeError, RecursionError, OverflowError, RuntimeError, TypeError) as error:
+    except (msgspec.DecodeError, RecursionError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, BadRequestError):
+            raise
         raise DecodeError(f"input {header.name!r}: data cannot be {header.datatype}: {error}") from error
 
 
@@ -193,13 +206,15 @@ def _response(request: RequestHeader, tensors: Flat) -> web.Response:
     wanted = _wanted_outputs(request, len(tensors))
     headers, memories = [], []
     for index, binary in wanted:
-        tensor = tensors[index]
+        try:
+            header, memory = describe_tensor(str(index), tensors[index])
+        except EncodeError as error:  # the expert gave something else than its schema says
+            raise ExpertFailedError(f"the result cannot be sent: {error}") from error
         if binary:
-            header, memory = describe_tensor(str(index), tensor)
             memories.append(memory)
         else:
-            values = msgspec.Raw(encode_json(tensor.flatten().tolist()))
-            header = TensorHeader(str(index), DTYPE_TO_DATATYPE[tensor.dtype], tuple(tensor.shape), data=values)
+            values = msgspec.Raw(encode_json(tensors[index].flatten().tolist()))
+            header = TensorHeader(header.name, header.datatype, header.shape, data=values)
         headers.append(header)
     text = encode_json(ResponseHeader(id=request.id, model_name=request.model_name, outputs=tuple(headers)))
     if not memories:

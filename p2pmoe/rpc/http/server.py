@@ -103,6 +103,15 @@ class HttpServer:
     # -- routes
 
     def _routes(self) -> list[web.RouteDef]:
+        models = [
+            route
+            for model in ("/v2/models/{uid}", "/v2/models/{uid}/versions/1")  # the only version in the metadata
+            for route in (
+                web.get(model, self._model_metadata),
+                web.get(f"{model}/ready", self._model_ready),
+                web.post(f"{model}/infer", self._infer),
+            )
+        ]
         return [
             web.post(f"/p2pmoe/v{WIRE_VERSION}/exchange", self._exchange),  # a plain path is found faster
             web.post("/p2pmoe/{version:v[0-9]+}/exchange", self._exchange),
@@ -111,9 +120,7 @@ class HttpServer:
             web.get("/v2", self._server_metadata),
             web.get("/v2/health/live", self._live),
             web.get("/v2/health/ready", self._ready),
-            web.get("/v2/models/{uid}", self._model_metadata),
-            web.get("/v2/models/{uid}/ready", self._model_ready),
-            web.post("/v2/models/{uid}/infer", self._infer),
+            *models,
             web.get("/metrics", self._metrics),
         ]
 
@@ -125,6 +132,8 @@ class HttpServer:
         try:
             self._check_connections()
             self._check_version(request)
+            if request.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
+                raise BadRequestError("compressed bodies are not read; send it without Content-Encoding")
             return await handler(request)
         except (CallError, DecodeError) as error:
             return _error_response(error)

@@ -28,9 +28,7 @@ def world() -> Iterator[World]:
 
 
 def frame(call_id: str, *tensors: torch.Tensor, uid: str = "ffn.0", direction: str = "forward") -> EncodedFrame:
-    data = call_bytes(
-        *(tensors or (X,)), id=call_id, model_name=uid, parameters=RequestParameters(direction=direction)
-    )
+    data = call_bytes(*(tensors or (X,)), id=call_id, model_name=uid, parameters=RequestParameters(direction=direction))
     return EncodedFrame((data,), len(data))
 
 

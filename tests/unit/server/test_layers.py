@@ -75,8 +75,8 @@ def test_a_class_of_the_users_own() -> None:
     assert module.scale.item() == 3.0
     assert (args, kwargs) == ((), {"x": BatchTensorProto(4), "i": BatchTensorProto()})
     with pytest.raises(ConfigError, match="already"):
-        register_expert_class("mine", lambda b, h: torch.empty(b, h))(nn.Identity)
-    register_expert_class("mine", lambda b, h: torch.empty(b, h))(Mine)  # imported twice
+        register_expert_class("mine", torch.empty)(nn.Identity)
+    register_expert_class("mine", torch.empty)(Mine)  # imported twice
 
 
 def test_what_is_no_sample_is_refused() -> None:
@@ -190,9 +190,7 @@ def test_a_seed_makes_every_uid_reproducible_and_leaves_the_random_state_alone()
         ({"modules": ("no_such_file.py",)}, ConfigError, "no_such_file.py"),
     ],
 )
-def test_a_wrong_expert_setting_is_one_clear_error(
-    options: dict[str, Any], error: type[Exception], words: str
-) -> None:
+def test_a_wrong_expert_setting_is_one_clear_error(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         backends(**options)
 

@@ -1,0 +1,80 @@
+"""The announcer: declares, refreshes, tries on after a failure, withdraws."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from swarm_kit import ALICE, until
+
+from p2pmoe.errors import PeerUnreachableError
+from p2pmoe.server import announcer as module
+from p2pmoe.server.announcer import Announcer
+from p2pmoe.types import Endpoint
+
+
+class FakeDirectory:
+    def __init__(self) -> None:
+        self.declared = 0
+        self.withdrawn: list[str] = []
+        self.broken = False
+        self.last: tuple[Mapping[str, str], Endpoint, float] | None = None
+
+    async def declare(self, schemas: Mapping[str, str], endpoint: Endpoint, ttl_s: float) -> None:
+        self.declared += 1
+        self.last = (schemas, endpoint, ttl_s)
+        if self.broken:
+            raise PeerUnreachableError("nobody is there")
+
+    async def withdraw(self, uids: Sequence[str]) -> None:
+        self.withdrawn += uids
+        if self.broken:
+            raise PeerUnreachableError("nobody is there")
+
+
+def make(directory: Any, schemas: dict[str, str] | None = None) -> Announcer:
+    schemas = {"ffn.0": "d"} if schemas is None else schemas
+    return Announcer(directory, schemas, ALICE, ttl_s=60.0, refresh_s=0.01)
+
+
+async def test_it_declares_refreshes_and_withdraws() -> None:
+    directory = FakeDirectory()
+    announcer = make(directory)
+    await announcer.start()
+    assert directory.last == ({"ffn.0": "d"}, ALICE, 60.0)
+    await until(lambda: directory.declared > 3)
+    await announcer.close()
+    await announcer.close()
+    assert directory.withdrawn == ["ffn.0"]
+    declared = directory.declared
+    await asyncio.sleep(0.03)
+    assert directory.declared == declared
+
+
+async def test_a_failure_is_one_line_and_tried_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_RETRY_S", 0.01)
+    caplog.set_level("INFO")
+    directory = FakeDirectory()
+    directory.broken = True
+    announcer = make(directory)
+    await announcer.start()
+    await until(lambda: directory.declared > 3)
+    directory.broken = False
+    await until(lambda: "again" in caplog.text)
+    assert caplog.text.count("could not declare") == 1
+    directory.broken = True
+    await announcer.close()
+    assert "their records expire" in caplog.text
+
+
+async def test_without_experts_there_is_nothing_to_say() -> None:
+    directory = FakeDirectory()
+    announcer = make(directory, {})
+    await announcer.start()
+    await announcer.close()
+    assert (directory.declared, directory.withdrawn) == (0, [])
+    assert "0 experts" in repr(announcer)
