@@ -13,6 +13,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -21,6 +22,7 @@ import torch
 from p2pmoe import __version__
 from p2pmoe.config import HttpConfig, NodeConfig
 from p2pmoe.dht.node import DHTNode
+from p2pmoe.dht.observations import reachable_host
 from p2pmoe.errors import ClosedError, ConfigError
 from p2pmoe.experts.directory import ExpertDirectory
 from p2pmoe.identity import Identity
@@ -92,8 +94,8 @@ class Node:
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where calls are answered."""
-        return _started(self._endpoint)
+        """Where calls are answered, as peers see it where our own address means nothing to them."""
+        return self._as_seen(_started(self._endpoint))
 
     @property
     def dht(self) -> DHTNode:
@@ -179,11 +181,17 @@ class Node:
         await dht.astart()
         parts.push_async_callback(dht.aclose)
         self._dht = dht
-        self.directory = ExpertDirectory(dht)
+        self.directory = ExpertDirectory(dht, readdress=self._as_seen)
         schemas = {backend.name: backend.schema_digest for backend in self.backends}
         announcer = Announcer(self.directory, schemas, self.endpoint, ttl_s=config.ttl_s, refresh_s=config.refresh_s)
         parts.push_async_callback(announcer.close)
         await announcer.start()
+
+    def _as_seen(self, endpoint: Endpoint) -> Endpoint:
+        if self.config.http.announce_host or self._dht is None:
+            return endpoint
+        seen = self._dht.observations.host
+        return replace(endpoint, host=reachable_host(self.config.http.host, endpoint.host, seen))
 
     def _watch(self, runtimes: dict[str, Runtime]) -> None:
         every = list(runtimes.values())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.live import Live
 from rich.table import Table
+from rich.tree import Tree
 
 from p2pmoe.cli.arguments import AsJson, InitialPeers, SwarmId
 from p2pmoe.cli.failures import raise_on_sigterm
@@ -18,6 +19,7 @@ from p2pmoe.cli.logs import set_up_logs
 from p2pmoe.cli.output import open_console, print_json
 from p2pmoe.cli.settings import load_client_config, split_lists
 from p2pmoe.cli.survey import Sighting, Survey, format_schema
+from p2pmoe.cli.tree import make_branches, make_tree
 from p2pmoe.config import DHTConfig, LogConfig
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.errors import ExpertNotFoundError
@@ -34,13 +36,15 @@ def lookup(
     initial_peers: InitialPeers = None,
     swarm_id: SwarmId = None,
     as_json: AsJson = False,
+    tree: Annotated[bool, typer.Option("--tree", help="Show the tree of prefixes with their counts.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again until Ctrl-C.")] = False,
     every_s: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Pause of --watch.")] = 2.0,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="For one node.")] = 5.0,
 ) -> None:
     """Find experts in the swarm: where they are, what they take, how far away.
 
-    With --json one document on a line: a list with an object for every expert and node.
+    With --json one document on a line: a list with an object for every expert and node; with --tree as well, a list
+    of nested prefixes. Every record shown was signed by its node; forged ones are counted and left out.
     Nothing found is exit code 7.
 
     Example: [bold]p2pmoe lookup 'ffn.3.*' --initial-peers 127.0.0.1:31337[/bold]
@@ -50,13 +54,13 @@ def lookup(
     UidPattern.parse(pattern)
     dht = load_client_config(split_lists(initial_peers) or (), swarm_id)
     if watch:
-        asyncio.run(_watch(pattern, dht, timeout_s, every_s, as_json=as_json))
+        asyncio.run(_watch(pattern, dht, timeout_s, every_s, as_json=as_json, tree=tree))
         return
     sightings = asyncio.run(_look_once(pattern, dht, timeout_s))
     if as_json:
-        print_json([each.to_json() for each in sightings])
+        print_json(make_document(sightings, tree=tree))
     elif sightings:
-        open_console().print(make_table(pattern, sightings))
+        open_console().print(make_view(pattern, sightings, tree=tree))
     if not sightings:
         raise ExpertNotFoundError(
             f"no live expert matches {pattern}; it may have expired a moment ago: look for everything of that name "
@@ -75,10 +79,14 @@ async def _open_survey(dht: DHTConfig, timeout_s: float) -> AsyncIterator[Survey
 
 async def _look_once(pattern: str, dht: DHTConfig, timeout_s: float) -> list[Sighting]:
     async with _open_survey(dht, timeout_s) as survey:
-        return await survey.look(pattern)
+        sightings = await survey.look(pattern)
+        if survey.forged_records:
+            note = f"{survey.forged_records} records with a wrong signature were left out"
+            open_console(stderr=True).print(note)
+        return sightings
 
 
-async def _watch(pattern: str, dht: DHTConfig, timeout_s: float, every_s: float, *, as_json: bool) -> None:
+async def _watch(pattern: str, dht: DHTConfig, timeout_s: float, every_s: float, *, as_json: bool, tree: bool) -> None:
     console = open_console()
     async with _open_survey(dht, timeout_s) as survey:
         live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
@@ -86,31 +94,47 @@ async def _watch(pattern: str, dht: DHTConfig, timeout_s: float, every_s: float,
             while True:
                 sightings = await survey.look(pattern)
                 if as_json:
-                    print_json([each.to_json() for each in sightings])
+                    print_json(make_document(sightings, tree=tree))
                 elif live is not None:
-                    live.update(make_table(pattern, sightings), refresh=True)
+                    live.update(make_view(pattern, sightings, tree=tree), refresh=True)
                 else:
-                    console.print(make_table(pattern, sightings))
+                    console.print(make_view(pattern, sightings, tree=tree))
                 await asyncio.sleep(every_s)
 
 
+def make_document(sightings: list[Sighting], *, tree: bool) -> list[dict[str, Any]]:
+    """What --json prints."""
+    if tree:
+        return [branch.to_json() for branch in make_branches(each.record for each in sightings)]
+    return [each.to_json() for each in sightings]
+
+
+def make_view(pattern: str, sightings: list[Sighting], *, tree: bool) -> Table | Tree:
+    """What people see."""
+    return make_tree(pattern, [each.record for each in sightings]) if tree else make_table(pattern, sightings)
+
+
 def make_table(pattern: str, sightings: list[Sighting]) -> Table:
-    """One row for each expert and node."""
+    """One row for each expert and node; the nodes of one expert stand below one another."""
     table = Table(title=f"{pattern}: {len(sightings)} found", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("uid", "node", "endpoint"):
         table.add_column(column, no_wrap=True)
     table.add_column("schema", overflow="fold")
-    for column in ("age", "round trip"):
+    for column in ("age", "expires", "signature", "round trip"):
         table.add_column(column, justify="right", no_wrap=True)
+    shown = ""
     for each in sightings:
         round_trip = "no answer" if each.round_trip_ms is None else f"{each.round_trip_ms:.1f} ms"
         record = each.record
         table.add_row(
-            record.uid,
+            record.uid if record.uid != shown else "",
             record.peer_id[:8],
             record.endpoint.url.replace("[", r"\["),
             format_schema(each.schema).replace("[", r"\["),
             f"{each.age_s:.0f} s",
+            f"in {each.expires_in_s:.0f} s",
+            record.signature,
             round_trip,
         )
+        shown = record.uid
     return table

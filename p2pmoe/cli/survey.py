@@ -15,7 +15,7 @@ from typing import Any, Final
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.experts.directory import ExpertDirectory, ExpertRecord
 from p2pmoe.rpc.http.documents import HttpDocuments
-from p2pmoe.types import WIRE_VERSION, Endpoint
+from p2pmoe.types import WIRE_VERSION, Endpoint, PeerId
 
 MAX_DEPTH: Final = 32
 MAX_SHOWN_TENSORS: Final = 8
@@ -31,14 +31,22 @@ class Sighting:
     round_trip_ms: float | None
     seen_at: float
     """Seconds since 1970."""
+    providers: tuple[PeerId, ...] = ()
+    """Everybody who serves this uid."""
 
     @property
     def age_s(self) -> float:
         """Since the node last declared it."""
         return max(0.0, self.seen_at - self.record.declared_at)
 
+    @property
+    def expires_in_s(self) -> float:
+        """Until the record is gone, unless the node declares it again."""
+        return max(0.0, self.record.expires_at - self.seen_at)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for programs."""
+        public_key = self.record.endpoint.public_key
         return {
             "uid": self.record.uid,
             "peer_id": self.record.peer_id,
@@ -47,6 +55,10 @@ class Sighting:
             "schema": self.schema,
             "age_s": round(self.age_s, 3),
             "expires_at": self.record.expires_at,
+            "expires_in_s": round(self.expires_in_s, 3),
+            "signature": self.record.signature,
+            "public_key": public_key.hex() if public_key else None,
+            "providers": list(self.providers),
             "round_trip_ms": None if self.round_trip_ms is None else round(self.round_trip_ms, 3),
         }
 
@@ -74,10 +86,24 @@ class Survey:
         visits = await asyncio.gather(*(self._visit(endpoint, uids) for endpoint, uids in nodes.items()))
         round_trips = dict(zip(nodes, visits, strict=True))
         now = self._clock()
+        providers: dict[str, list[PeerId]] = {}
+        for record in records:
+            providers.setdefault(record.uid, []).append(record.peer_id)
         return [
-            Sighting(record, self._schemas.get(record.schema_digest), round_trips[record.endpoint], now)
+            Sighting(
+                record,
+                self._schemas.get(record.schema_digest),
+                round_trips[record.endpoint],
+                now,
+                tuple(providers[record.uid]),
+            )
             for record in records
         ]
+
+    @property
+    def forged_records(self) -> int:
+        """Records with a wrong signature that were read so far, and left out."""
+        return self._directory.forged_records
 
     async def _visit(self, endpoint: Endpoint, uids: dict[str, str]) -> float | None:
         """The round trip in milliseconds; learns the schemas of `uids` (digest -> uid) on the way."""

@@ -7,20 +7,28 @@
 A grid's score is a sum over dimensions (product keys, arXiv 1907.05242), so on a full grid a beam of k finds the
 exact k best; a wider beam makes up for coordinates that nobody hosts. Source: Learning@home, section 3.2.
 
-Shapes: B batch, G grid size of one dimension, K beam, L levels, U unique prefixes.
+Shapes: B batch, G grid size of one dimension, K beam, L levels, T columns looked at first, U unique prefixes.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
+from p2pmoe.client.directory import Directory
 from p2pmoe.experts.directory import Children, Provider
 from p2pmoe.experts.uid import prefix_of
 
-_NEVER = float("-inf")
+_NEVER: Final = float("-inf")
+_MIN_COLUMNS: Final = 64
+_COLUMNS_PER_BEAM: Final = 4
+_FEW_TOTALS: Final = 2**16
+_MAX_TOTALS: Final = 2**22
+"""Sums held at a time where every column of the grid is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +81,9 @@ class BeamSearch:
         """Take one step with the children of every wanted prefix."""
         scores_BG = self._scores[self._level]
         alive_UG = torch.stack([self._masks.mask(p, children.get(p, {}), scores_BG.shape[1]) for p in self._prefixes])
-        totals_BKG = self._totals.unsqueeze(-1) + scores_BG.unsqueeze(1).to(self._totals.dtype)
-        totals_BKG = totals_BKG.masked_fill(~alive_UG[self._prefix_of_beam], _NEVER)
-        grid = scores_BG.shape[1]
-        flat = totals_BKG.flatten(1)
-        self._totals, best_BK = flat.topk(min(self._beam_size, flat.shape[1]), dim=1)
-        parents = self._coordinates.gather(
-            1, best_BK.div(grid, rounding_mode="floor").unsqueeze(-1).expand(-1, -1, self._level)
-        )
-        self._coordinates = torch.cat([parents, (best_BK % grid).unsqueeze(-1)], dim=-1)
+        self._totals, parents_BK, columns_BK = self._best(scores_BG.to(self._totals.dtype), alive_UG)
+        parents = self._coordinates.gather(1, parents_BK.unsqueeze(-1).expand(-1, -1, self._level))
+        self._coordinates = torch.cat([parents, columns_BK.unsqueeze(-1)], dim=-1)
         self._children = children
         self._level += 1
         self._group()
@@ -89,6 +91,30 @@ class BeamSearch:
     def found(self, k: int) -> Found:
         """The `k` best of each row."""
         return Found(self._coordinates[:, :k], self._totals[:, :k] > _NEVER, self._children)
+
+    def _best(self, scores_BG: torch.Tensor, alive_UG: torch.Tensor) -> _Best:
+        """The best of every row's (parent, column) pairs: their totals, parents and columns, all [B, K].
+
+        A row's best columns nearly always do; rows whose result they do not prove are looked at in full.
+        """
+        rows, parents = self._totals.shape
+        grid = scores_BG.shape[1]
+        columns = max(_MIN_COLUMNS, _COLUMNS_PER_BEAM * self._beam_size)
+        if columns >= grid or rows * parents * grid <= _FEW_TOTALS:
+            return self._best_of_all(slice(None), scores_BG, alive_UG)
+        top_BT, columns_BT = scores_BG.topk(columns, dim=1)
+        alive_BKT = alive_UG[self._prefix_of_beam.unsqueeze(-1), columns_BT.unsqueeze(1)]
+        totals, parents_BK, places_BK = _pick(self._totals, top_BT, alive_BKT, self._beam_size)
+        best = totals, parents_BK, columns_BT.gather(1, places_BK)
+        # No column left out has a score above the last one taken, under whatever parent.
+        unproven = totals[:, -1] < self._totals.max(1).values + top_BT[:, -1]
+        for chunk in unproven.nonzero().flatten().split(max(1, _MAX_TOTALS // (parents * grid))):
+            for whole, part in zip(best, self._best_of_all(chunk, scores_BG, alive_UG), strict=True):
+                whole[chunk] = part
+        return best
+
+    def _best_of_all(self, rows: torch.Tensor | slice, scores_BG: torch.Tensor, alive_UG: torch.Tensor) -> _Best:
+        return _pick(self._totals[rows], scores_BG[rows], alive_UG[self._prefix_of_beam[rows]], self._beam_size)
 
     def _group(self) -> None:
         """Which distinct prefixes the beams stand on, and which beam stands on which."""
@@ -107,6 +133,28 @@ class BeamSearch:
         self._prefixes = [prefix_of(self._name, tuple(row)) for row in unique.tolist()]
 
 
+_Best = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _pick(totals_BK: torch.Tensor, scores_BT: torch.Tensor, alive_BKT: torch.Tensor, count: int) -> _Best:
+    """The best `count` sums of a parent's total and a column's score: the sums, the parents, the columns."""
+    sums_BKT = totals_BK.unsqueeze(-1) + scores_BT.unsqueeze(1)
+    flat = sums_BKT.masked_fill_(~alive_BKT, _NEVER).flatten(1)
+    best, places = flat.topk(min(count, flat.shape[1]), dim=1)
+    columns = scores_BT.shape[1]
+    return best, places.div(columns, rounding_mode="floor"), places % columns
+
+
+async def read_within(directory: Directory, prefixes: Sequence[str], budget_s: float) -> Mapping[str, Children]:
+    """The children of each prefix; those that do not come in time count as having none. Raises as `get_prefixes`."""
+    try:
+        async with asyncio.timeout(budget_s):
+            return await directory.get_prefixes(prefixes)
+    except TimeoutError:
+        # What came in before is in the directory's cache.
+        return {prefix: directory.cached_prefix(prefix) or {} for prefix in prefixes}
+
+
 class MaskCache:
     """Live-children masks by prefix, rebuilt only when the directory hands out another object."""
 
@@ -119,8 +167,11 @@ class MaskCache:
         known = self._masks.get(prefix)
         if known is not None and known[0] is children and len(known[1]) == grid:
             return known[1]
-        mask = torch.zeros(grid, dtype=torch.bool)
-        mask[[coordinate for coordinate in children if coordinate < grid]] = True
+        flags = bytearray(grid)
+        for coordinate in children:
+            if coordinate < grid:
+                flags[coordinate] = 1
+        mask = torch.frombuffer(flags, dtype=torch.bool)
         if len(self._masks) >= self._limit:
             self._masks.clear()
         self._masks[prefix] = (children, mask)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from p2pmoe.client.beam_search import BeamSearch, Found, MaskCache
+from p2pmoe.client.beam_search import BeamSearch, Found, MaskCache, read_within
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.exchange import Call, CallGroup, make_call
 from p2pmoe.client.gating import ProductKeyGating, masked_softmax
@@ -49,6 +49,7 @@ class MixtureOptions:
     detect_anomalies: bool
     allow_zero_outputs: bool
     beam_size: int
+    search_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ class RemoteMixtureOfExperts(nn.Module):
         allow_zero_outputs: rows with fewer than k_min answers are mixed from what there is, zeros if nothing;
             otherwise they raise.
         beam_size: how many prefixes a row the search follows; at least k_best.
+        search_timeout_s: how long one search may wait for the DHT; then it goes on with what it knows.
 
     Input [B, D] or [B, T, D] gives the same shape with the experts' output width. Experts that take whole
     sequences, [T, D] a row, are chosen by the mean over T. Further arguments are split by rows like the first.
@@ -120,6 +122,7 @@ class RemoteMixtureOfExperts(nn.Module):
         detect_anomalies: bool = False,
         allow_zero_outputs: bool = False,
         beam_size: int | None = None,
+        search_timeout_s: float = 5.0,
     ) -> None:
         super().__init__()
         name = uid_prefix.rstrip(".")
@@ -141,6 +144,7 @@ class RemoteMixtureOfExperts(nn.Module):
             detect_anomalies=detect_anomalies,
             allow_zero_outputs=allow_zero_outputs,
             beam_size=max(k_best, beam_size or max(2 * k_best, 8)),
+            search_timeout_s=search_timeout_s,
         )
         self._masks = MaskCache()
         self._info: ExpertInfo | None = None
@@ -292,10 +296,11 @@ class RemoteMixtureOfExperts(nn.Module):
         cpu_scores = [score.detach().to("cpu", torch.float32) for score in scores]
         search = BeamSearch(cpu_scores, self.uid_prefix, self.options.beam_size, self._masks)
         directory = self.swarm.directory
+        deadline = time.monotonic() + self.options.search_timeout_s
         while wanted := search.wanted():
             children = {prefix: directory.cached_prefix(prefix) for prefix in wanted}
             if missing := [prefix for prefix, known in children.items() if known is None]:
-                children.update((yield directory.get_prefixes(missing)))
+                children.update((yield read_within(directory, missing, _left(deadline))))
             search.advance({prefix: known or {} for prefix, known in children.items()})
         return search.found(self.options.k_best)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from p2pmoe.dht.protocol import DatagramProtocol
@@ -34,6 +34,7 @@ class BadLine:
     sent: int = 0
     lost: int = 0
     _cut: set[Address] = field(default_factory=set)
+    _sides: dict[Address, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)  # noqa: S311 - a test's dice
@@ -43,7 +44,7 @@ class BadLine:
         straight = protocol.transmit
 
         def transmit(datagram: bytes, address: Address) -> None:
-            if own in self._cut or address in self._cut:
+            if own in self._cut or address in self._cut or self._is_across(own, address):
                 self.lost += 1
                 return
             self._carry(datagram, address, straight)
@@ -54,9 +55,17 @@ class BadLine:
         """Nothing from or to this address passes."""
         self._cut.add(address)
 
+    def split(self, *sides: Iterable[Address]) -> None:
+        """A partition: nothing passes from one of these sides to another."""
+        self._sides = {address: number for number, side in enumerate(sides) for address in side}
+
     def heal(self) -> None:
-        """Undo every `cut`."""
+        """Undo every `cut` and `split`."""
         self._cut.clear()
+        self._sides.clear()
+
+    def _is_across(self, one: Address, other: Address) -> bool:
+        return one in self._sides and other in self._sides and self._sides[one] != self._sides[other]
 
     def _carry(self, datagram: bytes, address: Address, straight: Callable[[bytes, Address], None]) -> None:
         self.sent += 1

@@ -44,6 +44,7 @@ class Call:
     node_id: bytes | None
     on_done: Callable[[Reply | None], None]
     on_delay: Callable[[Delay], None] | None = None
+    first_sent_at: float = 0.0
     sent_at: float = 0.0
     rto_s: float = 0.0
     transmissions: int = 0
@@ -97,7 +98,7 @@ class CallBook:
             self._in_flight += 1
             round_trip = self._round_trip(call.address)
             call.rto_s = round_trip.rto_s
-            call.transmissions, call.sent_at = 1, now
+            call.transmissions, call.sent_at, call.first_sent_at = 1, now, now
             # Nearly all calls are answered before this; only the others need further timers.
             self._set_timer(call, now + min(self._slow_s(round_trip), call.rto_s), Delay.SLOW)
             yield call

@@ -7,6 +7,7 @@ gets two places in a bucket. Nearest contacts are exact; the package's traversal
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import time
 from collections.abc import Iterator
@@ -178,6 +179,7 @@ class ContactTable(RoutingTable):  # type: ignore[misc]
         return f"<ContactTable {len(self)} contacts in {len(self.buckets)} buckets>"
 
 
+@functools.lru_cache(maxsize=65_536)
 def subnet_of(host: str) -> str | None:
     """The /24 or /48 of an address in the world; None on the local network, where crowding is no attack."""
     if scope_of(host) < 2:

@@ -36,11 +36,12 @@ _IN_VIEW: Final = frozenset({State.NEW, State.ASKED, State.ANSWERED})
 
 
 class _Candidate:
-    __slots__ = ("contact", "doubtful", "state")
+    __slots__ = ("contact", "doubtful", "hop", "state")
 
-    def __init__(self, contact: Contact, *, doubtful: bool) -> None:
+    def __init__(self, contact: Contact, *, doubtful: bool, hop: int) -> None:
         self.contact = contact
         self.doubtful = doubtful
+        self.hop = hop
         self.state = State.NEW
 
 
@@ -56,7 +57,6 @@ class Lookup:
         self.width = width
         self.alpha = alpha
         self.asked = 0
-        self.hops = 0
         self._own_id = own_id
         self._under_way = 0
         self._disappointed = 0
@@ -66,8 +66,11 @@ class Lookup:
         for contact in seeds:
             self.add(contact)
 
-    def add(self, contact: Contact, *, doubtful: bool = False) -> None:
-        """A further candidate. `doubtful`: it missed a request before; slow counts as late then, and late as failed."""
+    def add(self, contact: Contact, *, doubtful: bool = False, hop: int = 1) -> None:
+        """A further candidate. `doubtful`: it missed a request before; slow counts as late then, and late as failed.
+
+        `hop` counts the requests on the way to it: 1 for those that we knew before.
+        """
         known_addresses = self._addresses.get(contact.node_id, 0)
         if contact in self._candidates or contact.node_id == self._own_id:
             return
@@ -75,7 +78,7 @@ class Lookup:
         if known_addresses >= MAX_ADDRESSES_PER_ID or len(self._candidates) >= MAX_CANDIDATES:
             return
         self._addresses[contact.node_id] = known_addresses + 1
-        self._candidates[contact] = _Candidate(contact, doubtful=doubtful)
+        self._candidates[contact] = _Candidate(contact, doubtful=doubtful, hop=hop)
         bisect.insort(self._order, (int.from_bytes(contact.node_id, "big") ^ self.target, contact))
 
     def next_to_ask(self) -> list[Contact]:
@@ -101,7 +104,7 @@ class Lookup:
         candidate = self._candidates[contact]
         self._leave(candidate, State.ANSWERED)
         for each in found:
-            self.add(each)
+            self.add(each, hop=candidate.hop + 1)
 
     def slow(self, contact: Contact) -> None:
         """Its answer takes longer than most."""
@@ -138,6 +141,11 @@ class Lookup:
         """Those that answered, nearest first."""
         found = [c for _, c in self._order if self._candidates[c].state is State.ANSWERED]
         return found[:count]
+
+    @property
+    def hops(self) -> int:
+        """How many requests one after the other it took to reach the farthest of the `width` nearest; 0 for nobody."""
+        return max((self._candidates[contact].hop for contact in self.nearest(self.width)), default=0)
 
     def _leave(self, candidate: _Candidate, state: State) -> None:
         if candidate.state is State.ASKED:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import socket
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -12,14 +11,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-import msgspec
-
 from p2pmoe.config import DHTConfig
-from p2pmoe.dht.addresses import bind, client_host, resolve
+from p2pmoe.dht.addresses import bind, client_host
 from p2pmoe.dht.loop_thread import LoopThread
+from p2pmoe.dht.membership import Membership
 from p2pmoe.dht.observations import Observations
 from p2pmoe.dht.server import SwarmServer
 from p2pmoe.dht.state_file import load_state, save_state
+from p2pmoe.dht.stats import DHTStats, take_stats
 from p2pmoe.errors import BootstrapError, PeerUnreachableError
 from p2pmoe.identity import Identity
 from p2pmoe.protocol.datagrams import Address
@@ -29,40 +28,8 @@ from p2pmoe.types import PeerId, format_host_port
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-MAINTAIN_EVERY_S: Final = 10.0
-FIRST_RETRY_S: Final = 0.25
-LAST_RETRY_S: Final = 10.0
-LOG_EVERY_S: Final = 30.0
-FEW_PEERS: Final = 3
 MAX_CONCURRENT_PUTS: Final = 16
 MAX_CONCURRENT_GETS: Final = 16
-CLOCK_WARNING_S: Final = 10.0
-
-
-class DHTStats(msgspec.Struct, frozen=True):
-    """A snapshot of a node's DHT. Counters count from the start; sizes are in bytes, times in seconds."""
-
-    peer_id: str
-    address: str
-    client_mode: bool
-    peers: int
-    joined: bool
-    records: int
-    keys: int
-    record_bytes: int
-    lookups: int
-    repairs: int
-    datagrams_in: int
-    datagrams_out: int
-    bytes_in: int
-    bytes_out: int
-    timeouts: int
-    malformed: int
-    over_budget: int
-    records_refused: int
-    calls_under_way: int
-    observed_host: str | None
-    clock_offset_s: float | None
 
 
 class DHTNode:
@@ -94,14 +61,10 @@ class DHTNode:
             clock=clock,
             source_bytes_per_s=self.config.max_source_bytes_per_s,
         )
-        self.observations = Observations()
+        self.membership = Membership(self.server, self.config, on_round=self._save_state)
         self._thread = LoopThread(f"p2pmoe-dht-{identity.peer_id[:8]}")
         self._address: Address | None = None
-        self._ipv6 = False
         self._sequence = 0
-        self._saved_peers: tuple[Address, ...] = ()
-        self._last_logged = -LOG_EVERY_S
-        self._joined = False
         self._started = False
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -124,7 +87,7 @@ class DHTNode:
         self._load_state()
         host = client_host(self.config.initial_peers) if self._binds_for_peers() else self.config.host
         sock = bind(host, self.config.port)
-        self._ipv6 = sock.family == socket.AF_INET6
+        self.membership.ipv6 = sock.family == socket.AF_INET6
         self._address = sock.getsockname()[:2]
         try:
             self._thread.start(
@@ -189,6 +152,11 @@ class DHTNode:
         return format_host_port(host, port)
 
     @property
+    def observations(self) -> Observations:
+        """What peers say about our address and our clock."""
+        return self.membership.observations
+
+    @property
     def peer_count(self) -> int:
         """Contacts in the routing table."""
         return len(self.server.table)
@@ -242,31 +210,8 @@ class DHTNode:
 
     def stats(self) -> DHTStats:
         """A snapshot; thread-safe and without waiting."""
-        server, store = self.server, self.server.storage
-        counters = server.protocol.counters if server.protocol else None
-        return DHTStats(
-            peer_id=self.peer_id,
-            address=format_host_port(*self._address) if self._address else "",
-            client_mode=self.client_mode,
-            peers=self.peer_count,
-            joined=self.peer_count > 0,
-            records=len(store),
-            keys=store.key_count,
-            record_bytes=store.size,
-            lookups=server.lookups,
-            repairs=server.repairs,
-            datagrams_in=counters.datagrams_in if counters else 0,
-            datagrams_out=counters.datagrams_out if counters else 0,
-            bytes_in=counters.bytes_in if counters else 0,
-            bytes_out=counters.bytes_out if counters else 0,
-            timeouts=counters.timeouts if counters else 0,
-            malformed=counters.malformed if counters else 0,
-            over_budget=counters.over_budget if counters else 0,
-            records_refused=counters.records_refused if counters else 0,
-            calls_under_way=len(server.protocol.book) if server.protocol else 0,
-            observed_host=self.observations.host,
-            clock_offset_s=self.observations.clock_offset_s,
-        )
+        address = format_host_port(*self._address) if self._address else ""
+        return take_stats(self.peer_id, address, self.server, self.observations)
 
     # --- on the DHT's loop ------------------------------------------------------------------------------------
 
@@ -276,12 +221,12 @@ class DHTNode:
         self._puts = asyncio.Semaphore(MAX_CONCURRENT_PUTS)
         self._gets = asyncio.Semaphore(MAX_CONCURRENT_GETS)
         await self.server.open(sock)
-        self.server.protocol.on_seen = self._on_seen
+        self.server.protocol.on_seen = self.membership.on_seen
         upkeep: asyncio.Task[None] | None = None
         try:
-            if self._wants_peers():
-                await self._first_join(wait_for_peers=wait_for_peers)
-            upkeep = asyncio.create_task(self._upkeep())
+            if self.membership.wants_peers:
+                await self.membership.join_first(wait_for_peers=wait_for_peers)
+            upkeep = asyncio.create_task(self.membership.upkeep())
             ready()
             await stopping.wait()
         finally:
@@ -290,51 +235,6 @@ class DHTNode:
                 await asyncio.gather(upkeep, return_exceptions=True)
             self._save_state()
             await self.server.close()
-
-    async def _first_join(self, *, wait_for_peers: bool) -> None:
-        deadline = asyncio.get_running_loop().time() + self.config.join_timeout_s
-        delay_s = FIRST_RETRY_S
-        while not await self._join(deadline):
-            left_s = deadline - asyncio.get_running_loop().time()
-            if left_s <= 0:
-                if wait_for_peers and self.config.initial_peers:
-                    raise BootstrapError(self._no_peers())
-                self._log_no_peers()
-                return
-            await asyncio.sleep(min(delay_s, left_s))
-            delay_s *= 2
-
-    async def _join(self, deadline: float) -> bool:
-        try:
-            async with asyncio.timeout_at(deadline):
-                addresses = await resolve(self.config.initial_peers, ipv6=self._ipv6, timeout_s=2.0)
-                saved = [peer for peer in self._saved_peers if self._ipv6 or ":" not in peer[0]]
-                self._joined = await self.server.bootstrap([*dict.fromkeys([*addresses, *saved])]) > 0
-        except TimeoutError:
-            # The look-up of ourselves may be cut short; a contact in the table is what counts.
-            self._joined = self.peer_count > 0
-        return self._joined
-
-    async def _upkeep(self) -> None:
-        retry_s = FIRST_RETRY_S
-        if not self.client_mode:
-            await self.server.refresh_buckets(0)
-        while True:
-            lonely = self._wants_peers() and self.peer_count < FEW_PEERS
-            if self.peer_count == 0 and self._wants_peers():
-                pause_s = retry_s
-                retry_s = min(2 * retry_s, LAST_RETRY_S)
-            else:
-                pause_s, retry_s = MAINTAIN_EVERY_S, FIRST_RETRY_S
-            # Jitter, so that nodes that lost the same peer do not come back in step.
-            await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))  # noqa: S311
-            try:
-                if lonely and not await self._join(asyncio.get_running_loop().time() + self.config.join_timeout_s):
-                    self._log_no_peers()
-                await self.server.maintain()
-                self._save_state()
-            except Exception:
-                log.exception("DHT upkeep failed; trying again in %.0f s", MAINTAIN_EVERY_S)
 
     async def _put(self, prefix: str, parts: Mapping[int, bytes], ttl_s: float | None) -> int:
         self._require_peers()
@@ -384,49 +284,22 @@ class DHTNode:
 
     def _require_peers(self) -> None:
         if self.peer_count == 0 and (self.client_mode or self.config.initial_peers):
-            raise BootstrapError(self._no_peers())
-
-    def _wants_peers(self) -> bool:
-        return bool(self.config.initial_peers or self._saved_peers)
+            raise BootstrapError(self.membership.no_peers())
 
     def _binds_for_peers(self) -> bool:
         return self.client_mode and self.config.host == DHTConfig().host
 
-    def _no_peers(self) -> str:
-        peers = ", ".join(self.config.initial_peers) or "none given"
-        return (
-            f"no peer of the DHT answers (initial peers: {peers}); check that a node runs there and that UDP "
-            f"reaches it, or pass another with --initial-peers HOST:PORT"
-        )
-
-    def _log_no_peers(self) -> None:
-        now = time.monotonic()
-        if now - self._last_logged >= LOG_EVERY_S:
-            self._last_logged = now
-            log.warning("%s; trying again in the background", self._no_peers())
-
-    def _on_seen(self, reporter: Address, seen: Address, their_time: float) -> None:
-        self.observations.report(reporter, seen, their_time - self.clock())
-        offset_s = self.observations.clock_offset_s
-        if offset_s is not None and abs(offset_s) > CLOCK_WARNING_S:
-            now = time.monotonic()
-            if now - self._last_logged >= LOG_EVERY_S:
-                self._last_logged = now
-                log.warning(
-                    "this machine's clock is %.0f s off its peers'; records may be refused: set it right", -offset_s
-                )
-
     def _load_state(self) -> None:
         if self.config.state_path:
             state = load_state(Path(self.config.state_path))
-            self._saved_peers, self._sequence = state.peers, state.sequence
+            self._sequence = state.sequence
+            self.membership.remember(reversed(state.peers))
 
     def _save_state(self) -> None:
         if not self.config.state_path:
             return
-        peers = [c.address for c in self.server.table if not c.misses] or list(self._saved_peers)
         try:
-            save_state(Path(self.config.state_path), peers, self._sequence)
+            save_state(Path(self.config.state_path), self.membership.peers, self._sequence)
         except OSError as error:
             log.warning("the DHT's peers cannot be saved to %s: %s", self.config.state_path, error.strerror)
 

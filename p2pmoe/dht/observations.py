@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import statistics
 from collections import Counter, OrderedDict
 from typing import Final
 
 from p2pmoe.dht.tokens import source_of
-from p2pmoe.protocol.datagrams import Address
+from p2pmoe.protocol.datagrams import Address, scope_of
 
 MIN_REPORTERS: Final = 3
 MAX_REPORTERS: Final = 64
@@ -44,3 +45,23 @@ class Observations:
         if len(self._offsets) < MIN_REPORTERS:
             return None
         return statistics.median(self._offsets.values())
+
+
+def reachable_host(bound: str, announced: str, seen: str | None) -> str:
+    """Which address to announce for a service: `announced`, or `seen` where peers can make more of it.
+
+    Args:
+        bound: What the service listens on. What listens on loopback alone, or on an address of the world, is taken
+            at its word; a wildcard or an address of the local network means little to others.
+        announced: The address that we would name ourselves.
+        seen: The address that most peers see us at, if they agree.
+    """
+    try:
+        listening, own = ipaddress.ip_address(bound), ipaddress.ip_address(announced)
+    except ValueError:
+        return announced  # a name
+    if seen is None or ipaddress.ip_address(seen).version != own.version:
+        return announced
+    if listening.is_unspecified:
+        return seen if scope_of(seen) >= scope_of(announced) else announced
+    return seen if scope_of(announced) == 1 and scope_of(seen) == 2 else announced

@@ -289,12 +289,8 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         for call in due.failed:
             self.counters.timeouts += 1
             if call.node_id is not None:
-                first_sent_at = (
-                    self._loop.time() - 7 * call.rto_s / 4
-                )  # rto + 2 rto + 4 rto, of which rto_s is the last
-                self.table.missed(
-                    Contact(call.node_id, *call.address), heard_others=self._last_reply_at > first_sent_at
-                )
+                heard_others = self._last_reply_at > call.first_sent_at
+                self.table.missed(Contact(call.node_id, *call.address), heard_others=heard_others)
             call.on_done(None)
         self._start_calls()
 

@@ -68,6 +68,8 @@ class SwarmServer(Server):  # type: ignore[misc]
         self.header = header_of(swarm_id)
         self.lookups = 0
         self.repairs = 0
+        self.forged = 0
+        """Records with a wrong signature that holders answered with."""
         self._repairing: set[asyncio.Task[None]] = set()
 
     def _create_protocol(self, sock: socket.socket) -> DatagramProtocol:
@@ -117,7 +119,7 @@ class SwarmServer(Server):  # type: ignore[misc]
             if (is_other or not waiting) and not first.done():
                 first.set_result(int(is_other))
 
-        for address in tuple(waiting):
+        for address in dict.fromkeys(addrs):  # in the order given, so that a seeded simulation repeats itself
             self.protocol.call(address, ping_message, partial(settle, address))
         answered = await first if addrs else 0
         if answered:
@@ -159,6 +161,7 @@ class SwarmServer(Server):  # type: ignore[misc]
         harvest = Harvest(key, self.trust)
         crawl = self._crawl(key, width=REPLICAS, harvest=harvest, quick=quick)
         nearest = await crawl.run()
+        self.forged += harvest.forged
         now = self.clock()
         merged = {record.slot: record for record in harvest.merged(now)}
         for record in self.storage.records(key, now):

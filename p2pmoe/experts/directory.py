@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.errors import ClosedError, P2PMoEError, PeerUnreachableError
@@ -34,7 +34,11 @@ MAX_REFRESHES: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class ExpertRecord:
-    """One expert at one provider. Times are seconds since 1970; `schema_digest` is hex."""
+    """One expert at one provider. Times are seconds since 1970; `schema_digest` is hex.
+
+    `signature` is "valid" when the provider's key signed the record that says so: the directory returns no other,
+    and counts those it left out (`forged_records`). It is "none" for providers that did not come from records.
+    """
 
     uid: str
     peer_id: PeerId
@@ -42,12 +46,14 @@ class ExpertRecord:
     schema_digest: str
     expires_at: float
     declared_at: float
+    signature: Literal["valid", "none"] = "none"
 
 
 class ExpertDirectory:
     """Experts by uid, over a DHT node. Every method may be used from any thread or event loop.
 
-    One directory per identity declares: a second one would overwrite the first one's bundles.
+    One directory per identity declares: a second one would overwrite the first one's bundles. `readdress` gives the
+    endpoint to announce in the place of the one declared: peers' reports of our address come in as time goes on.
     """
 
     def __init__(
@@ -57,16 +63,23 @@ class ExpertDirectory:
         clock: Callable[[], float] = time.time,
         cache_s: float = CACHE_S,
         negative_cache_s: float = NEGATIVE_CACHE_S,
+        readdress: Callable[[Endpoint], Endpoint] = lambda endpoint: endpoint,
     ) -> None:
         self.dht = dht
         self.network_reads = 0
         """Prefixes read over the network so far."""
         self._clock = clock
+        self._readdress = readdress
         self._cache = ChildrenCache(clock, max_age_s=cache_s, negative_s=negative_cache_s)
         self._declarations = Declarations()
         self._declaring: asyncio.Lock | None = None
         self._reads: dict[str, asyncio.Task[Children]] = {}
         self._refreshing: set[str] = set()
+
+    @property
+    def forged_records(self) -> int:
+        """Records with a wrong signature that were read so far, and left out."""
+        return self.dht.server.forged
 
     # --- declaring --------------------------------------------------------------------------------------------
 
@@ -86,7 +99,7 @@ class ExpertDirectory:
         """
         wanted = by_prefix(schemas)
         ttl = self.dht.config.ttl_s if ttl_s is None else ttl_s
-        await self.dht.call(lambda: self._declare(wanted, endpoint, ttl))
+        await self.dht.call(lambda: self._declare(wanted, self._readdress(endpoint), ttl))
 
     async def withdraw(self, uids: Iterable[str]) -> None:
         """Announce that these are gone. Raises as `declare`; uids that were never declared are ignored."""
@@ -268,4 +281,5 @@ def _record(uid: str, provider: Provider) -> ExpertRecord:
         provider.schema_digest,
         provider.expires_at,
         provider.sequence / 1e6,
+        "valid",
     )

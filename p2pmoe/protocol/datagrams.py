@@ -235,7 +235,7 @@ def unpack_contacts(v4: bytes, v6: bytes) -> list[Contact]:
     return contacts
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=65_536)
 def scope_of(host: str) -> int:
     """How far an address reaches: 0 this machine, 1 the local network, 2 the world."""
     address = ipaddress.ip_address(host)

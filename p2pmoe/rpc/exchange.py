@@ -93,6 +93,11 @@ class ServerExchange:
         """Calls without a result yet."""
         return len(self._running)
 
+    @property
+    def result_bytes(self) -> int:
+        """Size of the results that wait to be taken."""
+        return sum(frame.nbytes for frame in self._results)
+
     def feed(self, chunk: bytes) -> None:
         """Use up one received chunk; after a break nothing is read any more."""
         if self.broken:

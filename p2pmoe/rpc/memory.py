@@ -32,7 +32,9 @@ from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 Failure = Literal["refuse", "break_request", "break_answer", "lose_answer"]
-"""Nobody listens; half of the request arrives; one result arrives; everything is computed and no result arrives."""
+"""What the caller loses: nobody listens; the last call is cut in two, those before it are computed and no result
+arrives; one result arrives; everything is computed and no result arrives."""
+_WITHHELD = ("break_request", "lose_answer")
 _EXPERTS_PATH = f"/p2pmoe/v{WIRE_VERSION}/experts"
 
 
@@ -200,13 +202,13 @@ class MemoryTransport:
             calls = ServerExchange(host.service, host.limits, host.budget, max_calls=host.max_calls, wake=wake)
             reader: FrameReader[ResponseHeader] = FrameReader(response_decoder, self._limits)
             try:
-                await _deliver(calls, frames, link.chunk_bytes, connection)
+                _deliver(calls, frames, link.chunk_bytes, whole=connection.failure != "break_request")
                 while True:
                     connection.wakeup.clear()
                     complete = not calls.outstanding
-                    for result in calls.take_results() if complete or connection.failure != "lose_answer" else ():
-                        if connection.failure == "lose_answer":
-                            raise connection.error()
+                    if complete and connection.failure in _WITHHELD:
+                        raise connection.error()
+                    for result in calls.take_results() if connection.failure not in _WITHHELD else ():
                         for frame in _read(reader, result, link.chunk_bytes, inspect):
                             yield frame
                         if connection.failure == "break_answer":
@@ -230,30 +232,24 @@ class MemoryTransport:
         """See `Transport.close`; there is nothing to close."""
 
 
-async def _deliver(
-    calls: ServerExchange, frames: Sequence[EncodedFrame], chunk_bytes: int, connection: _Connection
-) -> None:
-    chunks = list(_chunks(frames, chunk_bytes))
-    if connection.failure == "break_request":
-        chunks = chunks[: len(chunks) // 2] or [chunks[0][: len(chunks[0]) // 2]]
-    for chunk in chunks:
-        if not calls.broken:
-            calls.feed(chunk)
-    if connection.failure == "break_request":
-        raise connection.error()
-    if not calls.broken:
+def _deliver(calls: ServerExchange, frames: Sequence[EncodedFrame], chunk_bytes: int, *, whole: bool) -> None:
+    data = b"".join(buffer for frame in frames for buffer in frame.buffers)
+    if not whole:
+        data = data[: len(data) - (frames[-1].nbytes + 1) // 2]
+    for chunk in _chunks(data, chunk_bytes):
+        calls.feed(chunk)
+    if whole:
         calls.feed_eof()
 
 
-def _chunks(frames: Sequence[EncodedFrame], size: int) -> Iterator[bytes]:
-    whole = b"".join(buffer for frame in frames for buffer in frame.buffers)
-    return (whole[start : start + size] for start in range(0, len(whole), size))
+def _chunks(data: bytes, size: int) -> Iterator[bytes]:
+    return (data[start : start + size] for start in range(0, len(data), size))
 
 
 def _read(
     reader: FrameReader[ResponseHeader], result: EncodedFrame, size: int, inspect: Callable[[ResponseHeader], bool]
 ) -> Iterator[Frame[ResponseHeader]]:
-    for chunk in _chunks([result], size):
+    for chunk in _chunks(b"".join(result.buffers), size):
         reader.feed(chunk)
         while (event := reader.next_event()) is not None:
             if isinstance(event, FrameReceived):

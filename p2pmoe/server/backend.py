@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ DUMMY_BATCH_SIZE = 3
 """Rows of the dummy run that finds `outputs_schema`."""
 
 Flat = tuple[torch.Tensor, ...]
+T = TypeVar("T")
 
 
 class ExpertBackend(nn.Module):
@@ -62,7 +64,7 @@ class ExpertBackend(nn.Module):
             raise SchemaError(f"{name}: at least one positional or keyword argument is needed in args_schema")
         _check_leaves(name, self.forward_schema)
         if outputs_schema is None:
-            outputs_schema = self._find_outputs_schema()
+            outputs_schema = _in_short_thread(self._find_outputs_schema)
         self.outputs_schema = outputs_schema
         _check_leaves(name, outputs_schema)
         self.backward_schema = (self.forward_schema, outputs_schema)
@@ -179,6 +181,17 @@ class ExpertBackend(nn.Module):
                 f"a run of {DUMMY_BATCH_SIZE} rows gave {shown}"
             )
         return BatchTensorProto.from_tensor(output)
+
+
+def _in_short_thread(function: Callable[[], T]) -> T:
+    """The result of a function that ran in a thread of its own.
+
+    Every thread that computes gets a team of OpenMP threads for as long as it lives, and with more teams than cores
+    the runtime stops spinning between parallel sections: batches on the device thread would take 1.6 times as long
+    (docs/adr/0002-threads.md). So the thread that makes experts must not keep a team.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="p2pmoe-dummy-run") as executor:
+        return executor.submit(function).result()
 
 
 @contextlib.contextmanager

@@ -7,8 +7,6 @@ next batch while this one computes; on the CPU they are plain function calls.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +16,6 @@ from p2pmoe.errors import SchemaError
 from p2pmoe.server.task_pool import Batch
 
 Flat = tuple[torch.Tensor, ...]
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 @dataclass(slots=True)
@@ -59,15 +56,6 @@ def open_device(name: str) -> Device:
     """The device of a torch name such as "cpu" or "cuda:1"."""
     device = torch.device(name)
     return CudaDevice(device) if device.type == "cuda" else PlainDevice(device)
-
-
-def trim_memory() -> None:
-    """Give freed memory back to the system where the C library can (glibc): others on this machine want it.
-
-    Gradients come and go by the tens of megabytes, and glibc keeps what was freed for the next ones.
-    """
-    if _malloc_trim is not None:
-        _malloc_trim(0)
 
 
 def merge(batch: Batch) -> Flat:

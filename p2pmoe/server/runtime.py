@@ -17,7 +17,8 @@ import torch
 from p2pmoe.errors import CallError, DrainingError, ExpertFailedError
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.doorbell import Doorbell
-from p2pmoe.server.devices import Device, Launched, Staged, open_device, trim_memory
+from p2pmoe.server.devices import Device, Launched, Staged, open_device
+from p2pmoe.server.memory import keep_freed_memory, trim_memory
 from p2pmoe.server.task_pool import Batch, Task, TaskPool
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Runtime:
 
     def start(self) -> None:
         """Start the device thread."""
+        keep_freed_memory()
         self._thread = threading.Thread(target=self._run, name=f"p2pmoe-device-{self.device}", daemon=True)
         self._thread.start()
 

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from benchmarks import dht, tensor_path
+from benchmarks import beam, dht, tensor_path
 
 
 def emit(**figures: object) -> None:
@@ -16,7 +16,8 @@ def emit(**figures: object) -> None:
 
 
 def main() -> None:
-    cases = ("nop_latency", "nop_concurrency", "ffn_against_local", "ffn_concurrency", "mixture", "memory", "dht")
+    tensor_cases = ("nop_latency", "nop_concurrency", "ffn_against_local", "ffn_concurrency", "mixture", "memory")
+    cases = (*tensor_cases, "dht", "beam")
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Example: scripts/bench mixture --repeats 5")
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"any of {', '.join(cases)}; all by default")
     parser.add_argument("--repeats", type=int, default=5)
@@ -28,8 +29,9 @@ def main() -> None:
             parser.error(f"unknown case {case!r}; known: {', '.join(cases)}")
     emit(case="machine", python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads())
     for case in options.cases or cases:
-        if case == "dht":
-            dht.dht(emit, options.repeats, options.hivemind_python)
+        if case in {"dht", "beam"}:
+            measure = dht.dht if case == "dht" else beam.beam
+            measure(emit, options.repeats, options.hivemind_python)
             continue
         extra = {"hivemind": options.hivemind_python} if case == "nop_concurrency" else {}
         getattr(tensor_path, case)(emit, options.repeats, options.device, **extra)

@@ -40,7 +40,9 @@ def dht(emit: Emit, repeats: int, hivemind: str | None = None, nodes: int = NODE
     if hivemind:
         script = Path(__file__).with_name("hivemind_dht.py")
         arguments = [hivemind, str(script), "dht"]
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=True)
+        done = subprocess.run(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=300, check=True
+        )
         for line in done.stdout.splitlines():
             if line.startswith("{"):
                 emit(case="dht", system="hivemind", **json.loads(line))

@@ -10,12 +10,12 @@ import asyncio
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 
 def resident_bytes() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def serve(spec: dict[str, Any], import_bytes: int) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def nop_latency(emit: Emit, repeats: int, device: str) -> None:
         with server(experts={"nop.0": ["nop", dim]}, device=device) as told, swarm_for(told) as swarm:
             expert, x = swarm.expert("nop.0"), torch.randn(rows, dim)
             with bare_echo(rows * dim * 4) as echo, torch.no_grad():
-                figures = compare(lambda: expert(x), echo, repeats=repeats, budget_s=budget_s, warmup=20)
+                figures = compare(partial(expert, x), echo, repeats=repeats, budget_s=budget_s, warmup=20)
         emit(case="nop_forward", shape=[rows, dim], baseline="bare aiohttp echo", demand_ratio=demand, **figures)
 
 
@@ -115,9 +116,7 @@ def nop_concurrency(emit: Emit, repeats: int, device: str, hivemind: str | None)
 
 def hivemind_calls_per_s(python: str, repeats: int) -> float:
     script = Path(__file__).with_name("hivemind_nop.py")
-    done = subprocess.run(
-        [python, str(script), str(repeats)], capture_output=True, text=True, timeout=300, check=True
-    )
+    done = subprocess.run([python, str(script), str(repeats)], capture_output=True, text=True, timeout=300, check=True)
     return float(json.loads(done.stdout.strip().splitlines()[-1])["calls_per_s"])
 
 
@@ -175,9 +174,7 @@ def ffn_against_local(emit: Emit, repeats: int, device: str) -> None:
                 expert.call_backward((x,), (gradient,))
 
             budget_s = 1.0 if rows < 2048 else 2.5
-            figures = compare(
-                lambda: forward(expert), lambda: forward(local), repeats=repeats, budget_s=budget_s
-            )
+            figures = compare(lambda: forward(expert), lambda: forward(local), repeats=repeats, budget_s=budget_s)
             emit(case="ffn_forward", shape=[rows, dim], baseline="local torch", demand_ratio=forward_demand, **figures)
             figures = compare(remote_backward, local_backward, repeats=repeats, budget_s=budget_s)
             emit(
@@ -320,5 +317,3 @@ def count_processes(pid: int) -> int:
     import psutil
 
     return 1 + len(psutil.Process(pid).children(recursive=True))
-
-

@@ -94,7 +94,9 @@ async def refusal(response: aiohttp.ClientResponse) -> Exception:
     except (ValueError, KeyError, TypeError, RecursionError):
         message = f"{response.url} answered {response.status} {response.reason}"
     retry_after = response.headers.get(hdrs.RETRY_AFTER, "")
-    return call_error(response.status, message, float(retry_after) if retry_after.isdigit() else None)
+    return call_error(
+        response.status, message, float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
+    )
 
 
 def unreachable(endpoint: Endpoint, error: BaseException) -> PeerUnreachableError:

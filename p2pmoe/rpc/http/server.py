@@ -33,6 +33,7 @@ from p2pmoe.rpc.http.infer import infer
 from p2pmoe.types import WIRE_VERSION
 
 _READ_BYTES = 1024 * 1024
+_GATHER_S = 0.002
 _FRAMES_HEADERS: CIMultiDict[str] = CIMultiDict({hdrs.CONTENT_TYPE: "application/octet-stream"})
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -214,6 +215,7 @@ class _Exchange:
         )
         self._response: web.StreamResponse | None = None
         self._all_read = False
+        self._gathering = False
         self._writer: asyncio.Task[None] | None = None
 
     async def run(self) -> web.StreamResponse:
@@ -232,6 +234,8 @@ class _Exchange:
         return self._response
 
     def _wake(self) -> None:
+        if self._gathering and not self._complete:
+            return
         self._wakeup.set()
         if not self._all_read and self._writer is None:
             self._writer = asyncio.get_running_loop().create_task(self._write_results())
@@ -268,6 +272,8 @@ class _Exchange:
 
     async def _write_results(self) -> None:
         while True:
+            if 0 < self._calls.result_bytes <= JOIN_BYTES and not self._complete:
+                await self._gather()
             frames = self._calls.take_results()
             complete = self._complete
             if complete and self._response is None and sum(frame.nbytes for frame in frames) <= JOIN_BYTES:
@@ -282,6 +288,17 @@ class _Exchange:
                 await self._wakeup.wait()
                 self._wakeup.clear()
         await response.write_eof()
+
+    async def _gather(self) -> None:
+        """Wait a moment for more small results: each write wakes both ends' loops, on cores that could be computing."""
+        self._gathering = True
+        self._wakeup.clear()
+        timer = asyncio.get_running_loop().call_later(_GATHER_S, self._wakeup.set)
+        try:
+            await self._wakeup.wait()
+        finally:
+            timer.cancel()
+            self._gathering = False
 
     def _small_response(self, frames: list[EncodedFrame]) -> web.Response:
         """All results at once, as one body: headers and body leave in one write."""

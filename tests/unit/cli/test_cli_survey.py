@@ -11,7 +11,7 @@ from p2pmoe.errors import PeerUnreachableError
 from p2pmoe.experts.directory import ExpertRecord
 from p2pmoe.types import Endpoint, PeerId
 
-ALICE, BOB = Endpoint("10.0.0.1", 1), Endpoint("10.0.0.2", 2)
+ALICE, BOB = Endpoint("10.0.0.1", 1, public_key=bytes([7]) * 32), Endpoint("10.0.0.2", 2)
 DIGEST = "00" * 8
 TENSOR = {"type": "tensor", "shape": [64], "datatype": "FP32", "requires_grad": False, "codec": "raw"}
 FORWARD = {
@@ -21,8 +21,8 @@ FORWARD = {
 DOCUMENT = {"schema_digest": DIGEST, "forward_schema": FORWARD, "outputs_schema": TENSOR}
 
 
-def record(uid: str, endpoint: Endpoint) -> ExpertRecord:
-    return ExpertRecord(uid, PeerId("a" * 32), endpoint, DIGEST, expires_at=160.0, declared_at=100.0)
+def record(uid: str, endpoint: Endpoint, peer: str = "a") -> ExpertRecord:
+    return ExpertRecord(uid, PeerId(peer * 32), endpoint, DIGEST, 160.0, declared_at=100.0, signature="valid")
 
 
 class ScriptedDirectory:
@@ -65,6 +65,10 @@ async def test_every_expert_comes_with_schema_age_and_round_trip() -> None:
         "schema": {"forward": FORWARD, "outputs": TENSOR},
         "age_s": 4.5,
         "expires_at": 160.0,
+        "expires_in_s": 55.5,
+        "signature": "valid",
+        "public_key": "07" * 32,
+        "providers": ["a" * 32],
         "round_trip_ms": 1.0,
     }
     assert second.round_trip_ms == first.round_trip_ms

@@ -75,7 +75,7 @@ async def test_nobody_listens(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("failure", "computed", "received"),
-    [("refuse", 0, []), ("break_request", 0, []), ("break_answer", 2, ["a"]), ("lose_answer", 2, [])],
+    [("refuse", 0, []), ("break_request", 1, []), ("break_answer", 2, ["a"]), ("lose_answer", 2, [])],
 )
 async def test_failures_come_at_their_number(
     world: World, failure: Failure, computed: int, received: list[str]

@@ -1,0 +1,1 @@
+"""The DHT on a simulated network. `scripts/simulate` runs it."""
