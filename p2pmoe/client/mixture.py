@@ -346,10 +346,17 @@ class RemoteMixtureOfExperts(nn.Module):
         results: list[Flat | P2PMoEError] = [
             ExpertNotFoundError(f"nobody hosts {uid} with this schema") for uid in way.uids
         ]
-        for index, result in zip(sent, group.results(timeout_s), strict=True):
+        answers = group.results(timeout_s)
+        alive = {
+            provider.peer_id
+            for index, result in zip(sent, answers, strict=True)
+            if (provider := way.providers[index]) is not None and not isinstance(result, P2PMoEError)
+        }
+        for index, result in zip(sent, answers, strict=True):
             checked = results[index] = self._checked(way.uids[index], result)
             provider = way.providers[index]
-            if isinstance(checked, P2PMoEError) and provider is not None:
+            # One slow expert is no reason to leave out a peer that has answered for others.
+            if isinstance(checked, P2PMoEError) and provider is not None and provider.peer_id not in alive:
                 self.swarm.note_failure(provider, checked)
         return results
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +39,14 @@ from p2pmoe.types import Pass
 
 _TRY_ANOTHER = (PeerUnreachableError, DrainingError, UnknownExpertError, OverloadedError)
 _PAUSE_S = 0.2  # before the round of providers is tried again
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """A provider that was asked already, and how it failed."""
+
+    provider: Provider
+    error: P2PMoEError
 
 
 class RemoteExpert(nn.Module):
@@ -138,12 +148,15 @@ class RemoteExpert(nn.Module):
         result = group.results(timeout_s)[0]
         if not isinstance(result, P2PMoEError):
             return result
-        self.swarm.note_failure(provider, result)
         left_s = timeout_s - (time.monotonic() - started)
         if not isinstance(result, _TRY_ANOTHER) or left_s <= 0:
+            self.swarm.note_failure(provider, result)
             raise result
+        if not isinstance(result, PeerUnreachableError):  # else it is asked once more
+            self.swarm.note_failure(provider, result)
+        failed = _Failed(provider, result)
         return self.swarm.run(
-            self._call_providers(direction, tensors, protos, expected, left_s, call_id, result), left_s + 1
+            self._call_providers(direction, tensors, protos, expected, left_s, call_id, failed), left_s + 1
         )
 
     async def _call_async(
@@ -167,28 +180,36 @@ class RemoteExpert(nn.Module):
         expected: tuple[BatchTensorProto, ...],
         timeout_s: float,
         call_id: str | None = None,
-        last: P2PMoEError | None = None,
+        failed: _Failed | None = None,
     ) -> Flat:
         """Ask one provider after the other until one answers or the time is up. On the swarm's loop.
 
-        The call keeps its id: a provider that has applied this backward already repeats its answer.
+        A provider whose connection broke is asked twice, `failed` counting as the first time. The call keeps its
+        id: a provider that has applied this backward already repeats its answer.
         """
         deadline = time.monotonic() + timeout_s
         call_id = call_id or new_call_id()
+        last = failed.error if failed else None
+        asked_again = set[Provider]()
+        to_ask = deque([failed.provider] if failed and isinstance(last, PeerUnreachableError) else [])
+        asked_again.update(to_ask)
         while True:
-            for provider in await self._find_providers(last):
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
-                    break
+            to_ask.extend(each for each in await self._find_providers(last) if each not in to_ask)
+            while to_ask and (left_s := deadline - time.monotonic()) > 0:
+                provider = to_ask.popleft()
                 group = self._group(provider, direction, tensors, protos, expected, left_s, call_id)
                 await self.swarm.call_async(group, left_s)
                 result = group.results(left_s)[0]
                 if not isinstance(result, P2PMoEError):
                     return result
+                last = result
+                if isinstance(result, PeerUnreachableError) and provider not in asked_again:
+                    asked_again.add(provider)
+                    to_ask.appendleft(provider)
+                    continue
                 self.swarm.note_failure(provider, result)
                 if not isinstance(result, _TRY_ANOTHER):
                     raise result
-                last = result
             pause_s = max(_PAUSE_S, getattr(last, "retry_after_s", None) or 0.0)
             if time.monotonic() + pause_s >= deadline or not isinstance(last, OverloadedError):
                 raise last or DeadlineError(f"{self.uid} did not answer within {timeout_s:.3g} s")

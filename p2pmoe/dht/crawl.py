@@ -15,7 +15,8 @@ from p2pmoe.dht.calls import Call, Delay
 from p2pmoe.dht.harvest import Harvest, PageRequest
 from p2pmoe.dht.lookup import Lookup
 from p2pmoe.dht.protocol import DatagramProtocol
-from p2pmoe.protocol.datagrams import Contact, Found, Page, Paged, Reply, Request
+from p2pmoe.dht.requests import find_message, page_message
+from p2pmoe.protocol.datagrams import Contact, Found, Paged, Reply
 
 ALPHA: Final = 5
 DEADLINE_S: Final = 5.0
@@ -48,7 +49,6 @@ class Crawl:
             self.lookup.add(contact, doubtful=known is not None and known.misses > 0)
         self._protocol = protocol
         self._quick = quick
-        self._message = protocol.find_message
         self._want = want
         self._pages: set[Call] = set()
         self._grace: asyncio.TimerHandle | None = None
@@ -81,7 +81,7 @@ class Crawl:
         for contact in self.lookup.next_to_ask():
             self._protocol.call(
                 contact,
-                self._message(self.key, self._want),
+                find_message(self.key, self._want),
                 partial(self._answered, contact),
                 partial(self._delayed, contact),
             )
@@ -115,12 +115,10 @@ class Crawl:
 
     def _ask_pages(self, requests: list[PageRequest], digest: bytes, *, again: bool = False) -> None:
         for contact, index in requests:
-
-            def make(call_id: bytes, sender: bytes, token: bytes, index: int = index) -> Request:
-                return Page(call_id, sender, token, self.key, index)
-
             on_delay = None if again else partial(self._page_delayed, contact, digest, index)
-            call = self._protocol.call(contact, make, partial(self._paged, contact, digest, index), on_delay)
+            call = self._protocol.call(
+                contact, page_message(self.key, index), partial(self._paged, contact, digest, index), on_delay
+            )
             if call is not None:
                 self._pages.add(call)
 

@@ -7,7 +7,6 @@ bound to id, address and kind, retransmissions, budgets. Nothing a stranger send
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import socket
 from collections import OrderedDict
@@ -20,38 +19,31 @@ from kademlia.protocol import KademliaProtocol
 from p2pmoe.dht.answers import Answers
 from p2pmoe.dht.calls import Call, CallBook, Delay
 from p2pmoe.dht.contacts import ContactTable
+from p2pmoe.dht.datagram_socket import DatagramSocket, plain_address
+from p2pmoe.dht.requests import MakeRequest, ping_message, store_message
 from p2pmoe.dht.store import RecordStore
-from p2pmoe.dht.tokens import AMPLIFICATION, SourceBudgets, source_of
+from p2pmoe.dht.tokens import SourceBudgets, source_of
 from p2pmoe.dht.validation import RecordTrust
 from p2pmoe.errors import DecodeError
 from p2pmoe.protocol.datagrams import (
     CALL_ID_BYTES,
-    MAX_DATAGRAM_BYTES,
     Address,
     Contact,
-    Find,
     Found,
     Paged,
-    Ping,
     Pong,
     Reply,
     Request,
     Status,
-    Store,
     Stored,
     decode_datagram,
     encode_datagram,
-    is_sendable,
-    scope_of,
     unpack_address,
     unpack_contacts,
 )
 
 MAX_VERIFY_PINGS: Final = 16
 MAX_TOKENS: Final = 4096
-PADDED_BYTES: Final = MAX_DATAGRAM_BYTES // AMPLIFICATION
-FIND_BYTES: Final = 45
-"""What a Find takes besides its sender and its padding, a few bytes short."""
 MAX_DRAIN: Final = 64
 STALL_S: Final = 0.05
 
@@ -94,8 +86,8 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         self.counters = Counters()
         self.book = CallBook()
         self.client_mode = client_mode
-        self.sock = sock
-        self.transmit: Callable[[bytes, Address], None] = self._transmit
+        self._socket = DatagramSocket(sock)
+        self.transmit: Callable[[bytes, Address], None] = self._socket.send
         """What sends; tests put a bad line in its place."""
         self.on_seen: Callable[[Address, Address, float], None] | None = None
         self._own_id = own_id
@@ -111,7 +103,6 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         self._verifying: set[Address] = set()
         self._last_reply_at = 0.0
         self._closed = False
-        self._maps_v4 = sock.family == socket.AF_INET6
 
     def __getattr__(self, name: str) -> Any:
         # rpcudp makes an RPC of every unknown name; here a typo is an error.
@@ -135,22 +126,17 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
     def _drain(self) -> int:
         """Read what waits in the socket now: asyncio reads one datagram per turn of the loop."""
         count = 0
-        while count < MAX_DRAIN and not self._closed:
-            try:
-                data, addr = self.sock.recvfrom(65_536)
-            except (BlockingIOError, InterruptedError):
-                break
-            except OSError:  # Windows reports an ICMP error of an earlier datagram here
-                count += 1
-                continue
+        for data, addr in self._socket.waiting(MAX_DRAIN):
             count += 1
             self._receive(data, addr)
+            if self._closed:
+                break
         return count
 
     def _receive(self, data: bytes, addr: tuple[Any, ...]) -> None:
         self.counters.datagrams_in += 1
         self.counters.bytes_in += len(data)
-        address = _normal(addr)
+        address = plain_address(addr)
         try:
             message = decode_datagram(self._header, data)
         except DecodeError:
@@ -168,15 +154,6 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         self.counters.bytes_out += len(datagram)
         self.transmit(datagram, address)
 
-    def _transmit(self, datagram: bytes, address: Address) -> None:
-        host, port = address
-        if self._maps_v4 and ":" not in host:
-            host = f"::ffff:{host}"
-        # Not through the transport: asyncio closes it for good on the first address that the system refuses.
-        # A datagram that cannot leave is a lost datagram; the call's timer knows what to do.
-        with contextlib.suppress(OSError, ValueError, OverflowError):
-            self.sock.sendto(datagram, (host, port))
-
     def close(self) -> None:
         """Stop the timer and fail what is under way."""
         if self._closed:
@@ -192,7 +169,7 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
     def call(
         self,
         contact: Contact | Address,
-        make: Callable[[bytes, bytes, bytes], Request],
+        make: MakeRequest,
         on_done: Callable[[Reply | None], None],
         on_delay: Callable[[Delay], None] | None = None,
     ) -> Call | None:
@@ -209,7 +186,7 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         self._start_calls()
         return call
 
-    async def ask(self, contact: Contact | Address, make: Callable[[bytes, bytes, bytes], Request]) -> Reply | None:
+    async def ask(self, contact: Contact | Address, make: MakeRequest) -> Reply | None:
         """`call`, awaited. None: nobody answered. Cancelling forgets the call."""
         answer: asyncio.Future[Reply | None] = self._loop.create_future()
 
@@ -228,15 +205,6 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         """The time that records are judged by, in seconds since 1970."""
         return self._clock()
 
-    def find_message(self, key: bytes, want: int) -> Callable[[bytes, bytes, bytes], Request]:
-        """A Find; without a token it is padded, so that three times its length is a whole datagram."""
-
-        def make(call_id: bytes, sender: bytes, token: bytes) -> Request:
-            padding = b"" if token else bytes(PADDED_BYTES - FIND_BYTES - len(sender))
-            return Find(call_id, sender, token, key, want, padding)
-
-        return make
-
     async def call_ping(self, node_to_ask: Contact | Address) -> Pong | None:
         """Ask whether somebody is there. The padding lets the answer carry our address."""
         reply = await self.ask(node_to_ask, ping_message)
@@ -244,12 +212,8 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
 
     async def call_store(self, node_to_ask: Contact, key: bytes, value: list[bytes]) -> list[Status]:
         """Hand records (raw bytes, together at most one page) to a holder; their statuses, empty when it is silent."""
-
-        def make(call_id: bytes, sender: bytes, token: bytes) -> Request:
-            return Store(call_id, sender, token, key, value)
-
         for _ in range(2):  # a token that has just been rotated away is replaced by the answer
-            reply = await self.ask(node_to_ask, make)
+            reply = await self.ask(node_to_ask, store_message(key, value))
             if not isinstance(reply, Stored) or len(reply.statuses) != len(value):
                 return []
             statuses = [_status(number) for number in reply.statuses]
@@ -346,10 +310,8 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         self.call(contact, ping_message, lambda _: self._verifying.discard(contact.address))
 
     def may_send_to(self, contact: Contact, told_by: str) -> bool:
-        """False for an address that nobody at `told_by` can reach: no peer makes us poke our own local network."""
-        if not self._maps_v4 and ":" in contact.host:
-            return False
-        return is_sendable(_packed(contact.host)) and scope_of(contact.host) >= scope_of(told_by)
+        """False for an address that nobody at `told_by` can reach."""
+        return self._socket.may_send_to(contact.host, told_by)
 
     def contacts_in(self, reply: Found, told_by: str) -> list[Contact]:
         """The contacts of a reply that may be asked."""
@@ -364,25 +326,8 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         return f"<DatagramProtocol {self.book!r}>"
 
 
-def ping_message(call_id: bytes, sender: bytes, _token: bytes) -> Request:
-    """A Ping; its padding lets the answer carry the address it came from."""
-    return Ping(call_id, sender, bytes(16))
-
-
 def _status(number: int) -> Status:
     try:
         return Status(number)
     except ValueError:
         return Status.MALFORMED
-
-
-def _packed(host: str) -> bytes:
-    return socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
-
-
-def _normal(addr: tuple[Any, ...]) -> Address:
-    """`(host, port)` without scope ids and IPv4-mapped forms."""
-    host = str(addr[0]).partition("%")[0]
-    if host.startswith("::ffff:") and "." in host:
-        host = host[7:]
-    return host, int(addr[1])

@@ -18,7 +18,8 @@ from kademlia.network import Server
 from p2pmoe.dht.contacts import BUCKET_SIZE, ContactTable
 from p2pmoe.dht.crawl import ALPHA, Crawl
 from p2pmoe.dht.harvest import Harvest
-from p2pmoe.dht.protocol import DatagramProtocol, ping_message
+from p2pmoe.dht.protocol import DatagramProtocol
+from p2pmoe.dht.requests import ping_message
 from p2pmoe.dht.store import RecordStore
 from p2pmoe.dht.tokens import SourceBudgets
 from p2pmoe.dht.validation import REPLICAS, RecordTrust

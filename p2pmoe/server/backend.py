@@ -74,6 +74,7 @@ class ExpertBackend(nn.Module):
         self.update_count = 0
         """Optimizer steps applied since the expert was made."""
         self._computing = threading.Lock()
+        self._works_in_place = False
         self.forward_pool = TaskPool(self.forward, uid=f"{name}/forward", **pool_options)
         self.backward_pool = TaskPool(self.backward, uid=f"{name}/backward", **pool_options)
 
@@ -113,7 +114,7 @@ class ExpertBackend(nn.Module):
         with self._computing, torch.enable_grad():
             args, kwargs = nested_map(_as_leaf, (args, kwargs))
             try:
-                self._back_propagate(self.expert(*args, **kwargs), grad_outputs)
+                self._back_propagate(self._run_with_grad(args, kwargs), grad_outputs)
                 self.apply_gradients()
             except BaseException:
                 self.opt.zero_grad(set_to_none=True)  # half a gradient must not leak into the next step
@@ -144,6 +145,18 @@ class ExpertBackend(nn.Module):
         return self.forward_pool, self.backward_pool
 
     # -- private
+
+    def _run_with_grad(self, args: Any, kwargs: Any) -> Any:
+        """The outputs in the graph of the inputs; copies of the inputs where the expert works on them in place."""
+        if not self._works_in_place:
+            try:
+                return self.expert(*args, **kwargs)
+            except RuntimeError as error:
+                if "in-place operation" not in str(error):
+                    raise
+                self._works_in_place = True
+        args, kwargs = nested_map(torch.clone, (args, kwargs))
+        return self.expert(*args, **kwargs)
 
     def _back_propagate(self, outputs: Any, grad_outputs: Any) -> None:
         if not nested_compare(outputs, grad_outputs):

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import p2pmoe
 from benchmarks.dht import judged
+from benchmarks.hivemind import hivemind_rows
 from benchmarks.tensor_path import child
 from p2pmoe.client.beam_search import BeamSearch, MaskCache
 from p2pmoe.experts.directory import Provider
@@ -59,7 +58,8 @@ def beam(emit: Emit, repeats: int, hivemind: str | None = None) -> None:
     for grid in LARGE_GRIDS:
         emit(case="beam_large_grid", grid=grid, beam=BEAM, batch=BATCH, seed=SEED, **_large(grid, generator))
     if hivemind:
-        emit(case="beam", system="hivemind", **_hivemind(hivemind))
+        for figures_of_theirs in hivemind_rows(hivemind, "beam", 150):
+            emit(case="beam", system="hivemind", **figures_of_theirs)
 
 
 def _search(mixture: Any, generator: torch.Generator) -> tuple[float, Any]:
@@ -88,20 +88,3 @@ def _large(grid: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
         "p50_ms": round(1e3 * statistics.median(times), 2),
         "prefixes": prefixes,
     }
-
-
-def _hivemind(python: str) -> dict[str, Any]:
-    script = Path(__file__).with_name("hivemind_dht.py")
-    try:
-        done = subprocess.run(
-            [python, str(script), "beam"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            timeout=180,
-            check=True,
-        )
-    except (subprocess.SubprocessError, OSError) as error:
-        return {"failed": type(error).__name__}
-    figures: dict[str, Any] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
-    return figures

@@ -7,16 +7,14 @@ Each line has the figures, the demand and whether it was met. Stock kademlia doe
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks import dht_abuse, dht_churn, dht_stock
 from benchmarks.dht_crowd import Crowd, SeatedNode, side_by_side
+from benchmarks.hivemind import hivemind_rows
 from p2pmoe.dht.bad_line import BadLine
 from p2pmoe.experts.directory import ExpertDirectory
 from p2pmoe.protocol.records import key_of
@@ -38,14 +36,8 @@ def dht(emit: Emit, repeats: int, hivemind: str | None = None, nodes: int = NODE
     for name, figures in asyncio.run(dht_stock.measure(nodes, SEED)):
         emit(case="dht", row=name, system="kademlia, stock", seed=SEED, **figures)
     if hivemind:
-        script = Path(__file__).with_name("hivemind_dht.py")
-        arguments = [hivemind, str(script), "dht"]
-        done = subprocess.run(
-            arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=300, check=True
-        )
-        for line in done.stdout.splitlines():
-            if line.startswith("{"):
-                emit(case="dht", system="hivemind", **json.loads(line))
+        for figures in hivemind_rows(hivemind, "dht", 150):
+            emit(case="dht", system="hivemind", **figures)
 
 
 def judged(

@@ -1,6 +1,6 @@
 """hivemind's DHT and its beam search on our work; runs in an environment of its own: `python hivemind_dht.py dht`.
 
-Each of its peers is two processes, so that 8 (dht) or 16 (beam) of them are what two cores carry. One JSON line a row.
+Each of its peers is two processes, so that 8 of them are what two cores carry. One JSON line a row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hivemind.moe import declare_experts, get_experts
 from hivemind.moe.client.beam_search import MoEBeamSearcher
 from hivemind.utils import get_dht_time
 
-PEERS = {"dht": 8, "beam": 16}
+PEERS = {"dht": 8, "beam": 8}
 OPERATIONS = 100
 DECLARED_AT_ONCE = 64
 """More than about 900 uids in one call are too much for the pipe to its process."""

@@ -529,8 +529,8 @@ def test_a_lost_backward_answer_is_asked_for_again_and_applied_once() -> None:
         x = torch.randn(2, 4, requires_grad=True)
         y = expert(x)
         world.network.fail_at(ALICE, world.network.link(ALICE).exchanges + 1, "lose_answer")
-        with pytest.raises(PeerUnreachableError):
-            y.sum().backward()
+        y.sum().backward()
+        assert x.grad is not None
         assert world.backend("ffn.0").update_count == 1
 
 
@@ -542,6 +542,7 @@ def test_a_failed_call_goes_to_the_replica(failure: Any) -> None:
         x = torch.randn(2, 4, requires_grad=True)
         y = expert(x)
         world.network.fail_at(ALICE, 2, failure)
+        world.network.fail_at(ALICE, 3, failure)  # a broken connection is tried twice
         if failure == "break_answer":  # with one call its only result has arrived by then
             y.sum().backward()
             return
@@ -549,7 +550,7 @@ def test_a_failed_call_goes_to_the_replica(failure: Any) -> None:
         assert world.bob.backends["ffn.0"].update_count == 1
         assert x.grad is not None
         expert(x)
-        assert world.network.link(ALICE).exchanges == 2, "left out"
+        assert world.network.link(ALICE).exchanges == 3, "left out"
 
 
 def test_replicas_over_http_when_one_dies() -> None:

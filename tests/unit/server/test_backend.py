@@ -394,3 +394,23 @@ def test_built_in_experts_train(kind: str) -> None:
 
 def test_it_is_the_public_name() -> None:
     assert p2pmoe.ExpertBackend is ExpertBackend
+
+
+def test_an_expert_that_starts_in_place_is_trained_like_any_other():
+    torch.manual_seed(7)
+    module = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    twin = nn.Sequential(nn.ReLU(), nn.Linear(4, 4))
+    twin.load_state_dict(module.state_dict())
+    backend = ExpertBackend(
+        "ffn.0", module, torch.optim.SGD(module.parameters(), lr=0.1), args_schema=(BatchTensorProto(4),)
+    )
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for _ in range(2):
+        x, gradient = torch.randn(5, 4), torch.randn(5, 4)
+        leaf = x.clone().requires_grad_(True)
+        twin(leaf).backward(gradient)
+        (received,) = backend.backward(x.clone(), gradient)
+        assert torch.equal(received, leaf.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(map(torch.equal, module.parameters(), twin.parameters()))
