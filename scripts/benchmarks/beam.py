@@ -16,7 +16,7 @@ import torch
 
 import p2pmoe
 from benchmarks.dht import judged
-from benchmarks.hivemind import hivemind_rows
+from benchmarks.hivemind_rows import hivemind_rows
 from benchmarks.tensor_path import child
 from p2pmoe.client.beam_search import BeamSearch, MaskCache
 from p2pmoe.experts.directory import Provider

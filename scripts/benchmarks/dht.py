@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import dht_abuse, dht_churn, dht_stock
 from benchmarks.dht_crowd import Crowd, SeatedNode, side_by_side
-from benchmarks.hivemind import hivemind_rows
+from benchmarks.hivemind_rows import hivemind_rows
 from p2pmoe.dht.bad_line import BadLine
 from p2pmoe.experts.directory import ExpertDirectory
 from p2pmoe.protocol.records import key_of
