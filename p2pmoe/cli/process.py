@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from p2pmoe.server.memory import keep_freed_memory
+
 _SPINS = "20000"  # about a tenth of a millisecond: longer than the gaps inside a batch
 _OPENMP_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
@@ -14,6 +16,7 @@ def prepare_process() -> None:
     # The event loop and the device thread share the interpreter: hand over sooner than after the default 5 ms.
     sys.setswitchinterval(0.0005)
     let_idle_threads_sleep()
+    keep_freed_memory()
 
 
 def let_idle_threads_sleep() -> None:

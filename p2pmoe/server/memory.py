@@ -11,7 +11,7 @@ import ctypes
 import sys
 from typing import Any
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _LARGEST_KEPT_BYTES = 32 * 1024 * 1024  # glibc allows no more
 _KEPT_BYTES = 1024 * 1024 * 1024
 
@@ -26,8 +26,12 @@ _malloc_trim = _libc_function("malloc_trim")
 
 
 def keep_freed_memory() -> None:
-    """From now on this process keeps what it frees, until `trim_memory`. Safe to call twice."""
+    """From now on this process keeps what it frees, until `trim_memory`. Safe to call twice; best before threads start.
+
+    Threads share one arena: glibc trims the top of no other, and a device thread's gradients would stay there.
+    """
     if _mallopt is not None:
+        _mallopt(_M_ARENA_MAX, 1)
         _mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
         _mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
