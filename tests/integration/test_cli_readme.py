@@ -14,7 +14,9 @@ from cli_processes import Command, run_command
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PRINTED_PORT = 31337
 
-pytestmark = pytest.mark.timeout(120)
+TRAINING_S = 150.0  # a few seconds on a quiet machine; the default settings are what is tested
+
+pytestmark = pytest.mark.timeout(300)
 
 
 def blocks(language: str) -> list[str]:
@@ -22,15 +24,10 @@ def blocks(language: str) -> list[str]:
 
 
 def free_port() -> int:
-    """The printed one if it is free, else one that is."""
-    for port in (PRINTED_PORT, 0):
-        with socket.socket(type=socket.SOCK_DGRAM) as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise AssertionError("no port is free")
+    """One that nobody has: another copy of these tests may be running the printed one."""
+    with socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def three_terminals() -> tuple[list[str], list[str], list[str]]:
@@ -72,7 +69,9 @@ def test_the_three_terminals_run_as_printed() -> None:
         for uid in ("ffn.3.0", "ffn.3.1", "ffn.3.2", "ffn.3.3", "FP32[64] → FP32[64]"):
             assert uid in out
 
-        code, out, err = run_command(*train_line, "--json")
+        with Command(*train_line, "--json") as train:
+            code = train.wait(TRAINING_S)
+            out, err = train.stdout.text, train.stderr.text
         assert code == 0, err
         result = json.loads(out.splitlines()[-1])
         assert result["accuracy"] >= 0.93
