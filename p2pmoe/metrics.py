@@ -62,7 +62,6 @@ class NodeMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._passes: dict[tuple[str, str], PassStats] = {}
-        self._gauges: list[Gauge] = []
         self.wire_bytes: Counter[tuple[str, str]] = Counter()
         """Tensor bytes by direction ("in", "out") and codec."""
         self.registry.register(self)  # a collector is anything with collect()
@@ -78,7 +77,6 @@ class NodeMetrics:
         """A gauge that is read when it is scraped."""
         gauge = Gauge(name, documentation, registry=self.registry)
         gauge.set_function(value)
-        self._gauges.append(gauge)
 
     def collect(self) -> Iterable[Metric]:
         """For prometheus_client."""

@@ -20,7 +20,7 @@ from p2pmoe.client.beam_search import BeamSearch, Found, MaskCache, read_within
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.exchange import Call, CallGroup, make_call
 from p2pmoe.client.gating import ProductKeyGating, masked_softmax
-from p2pmoe.client.remote_expert import check_arguments
+from p2pmoe.client.remote_expert import always_differentiable, check_arguments, fill_gradients, keep_outputs
 from p2pmoe.client.routing import Routing, route
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import DecodeError, ExpertNotFoundError, ExpertsUnavailableError, P2PMoEError, SchemaError
@@ -401,9 +401,8 @@ class RemoteMixtureOfExperts(nn.Module):
         if not torch.is_grad_enabled():
             return outputs
         answered = [index for index, result in enumerate(results) if not isinstance(result, P2PMoEError)]
-        anchor = torch.empty(0, requires_grad=True)  # experts train even where no input needs a gradient
         attached: Flat = _RemoteMix.apply(  # type: ignore[no-untyped-call]
-            anchor, self, way, answered, outputs, *inputs
+            always_differentiable(), self, way, answered, outputs, *inputs
         )
         return attached
 
@@ -429,14 +428,13 @@ class RemoteMixtureOfExperts(nn.Module):
             )
             for index in answered
         ]
-        had = _count_rows(way, answered)
-        enough = _Enough(way, answered, had.clamp(max=self.options.backward_k_min))
+        needed = _count_rows(way, answered).clamp(max=self.options.backward_k_min)
+        enough = _Enough(way, answered, needed)
         group = CallGroup(calls, enough=enough, grace_s=self.options.timeout_after_k_min_s)
         if calls:
             self.swarm.call(group, timeout_s)
         results = self._collect(way, group, answered, timeout_s)
         trained = [index for index in answered if not isinstance(results[index], P2PMoEError)]
-        needed = had.clamp(max=self.options.backward_k_min)
         short = (_count_rows(way, trained) < needed).nonzero().flatten().tolist()
         if short:
             raise self._unavailable("backward", short, [results[index] for index in answered])
@@ -458,17 +456,12 @@ class _RemoteMix(torch.autograd.Function):
     ) -> Flat:
         ctx.mixture, ctx.way, ctx.answered = mixture, way, answered
         ctx.save_for_backward(*inputs)
-        ctx.outputs = [(output.shape, output.dtype, output.device) for output in outputs]
-        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
-        return outputs
+        return keep_outputs(ctx, outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        filled = tuple(
-            torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient.to(dtype)
-            for gradient, (shape, dtype, device) in zip(gradients, ctx.outputs, strict=True)
-        )
+        filled = fill_gradients(ctx, gradients)
         results = ctx.mixture.backward_pass(ctx.way, ctx.answered, ctx.saved_tensors, filled)
         needed = ctx.needs_input_grad[5:]
         return (

@@ -124,7 +124,7 @@ class RemoteExpert(nn.Module):
         if not torch.is_grad_enabled() or not len(tensors[0]):
             return outputs
         attached: Flat = _RemoteCall.apply(  # type: ignore[no-untyped-call]
-            _always_differentiable(), self, outputs, *tensors
+            always_differentiable(), self, outputs, *tensors
         )
         return attached
 
@@ -251,17 +251,12 @@ class _RemoteCall(torch.autograd.Function):
     def forward(ctx: Any, anchor: torch.Tensor, expert: RemoteExpert, outputs: Flat, *inputs: torch.Tensor) -> Flat:
         ctx.expert = expert
         ctx.save_for_backward(*inputs)
-        ctx.outputs = [(output.shape, output.dtype, output.device) for output in outputs]
-        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
-        return outputs
+        return keep_outputs(ctx, outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        filled = [
-            torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient.to(dtype)
-            for gradient, (shape, dtype, device) in zip(gradients, ctx.outputs, strict=True)
-        ]
+        filled = fill_gradients(ctx, gradients)
         inputs = ctx.saved_tensors
         results = ctx.expert.call_backward(inputs, filled)
         wanted = [
@@ -271,7 +266,22 @@ class _RemoteCall(torch.autograd.Function):
         return None, None, None, *wanted
 
 
-def _always_differentiable() -> torch.Tensor:
+def keep_outputs(ctx: Any, outputs: Flat) -> Flat:
+    """Note in an autograd context what `fill_gradients` will need; gives the outputs back."""
+    ctx.outputs = [(output.shape, output.dtype, output.device) for output in outputs]
+    ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
+    return outputs
+
+
+def fill_gradients(ctx: Any, gradients: tuple[torch.Tensor | None, ...]) -> Flat:
+    """A gradient of each kept output's dtype; zeros where autograd has none."""
+    return tuple(
+        torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient.to(dtype)
+        for gradient, (shape, dtype, device) in zip(gradients, ctx.outputs, strict=True)
+    )
+
+
+def always_differentiable() -> torch.Tensor:
     """Autograd skips a Function none of whose inputs need a gradient; the expert must be trained all the same."""
     return torch.empty(0, requires_grad=True)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -280,6 +280,16 @@ class FrameReader(Generic[H]):
         if self._header is not None:
             return self._next_of_body(self._header)
         return self._next_header()
+
+    def accepted_frames(self, inspect: Callable[[H], bool]) -> Iterator[Frame[H]]:
+        """Frames that the fed chunk completes, of those whose header `inspect` accepts. Raises DecodeError."""
+        while (event := self.next_event()) is not None:
+            if isinstance(event, FrameReceived):
+                yield event.frame
+            elif isinstance(event, FrameRefused):
+                raise event.error
+            elif not inspect(event.header):
+                self.skip()
 
     def skip(self) -> None:
         """Do not keep the body of the header that was just received."""

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import msgspec
 
 from p2pmoe.errors import BadRequestError, PeerUnreachableError
-from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader, FrameReceived, HeaderReceived
+from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import ResponseHeader, response_decoder
 from p2pmoe.rpc.base import Service
 from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
@@ -251,11 +251,4 @@ def _read(
 ) -> Iterator[Frame[ResponseHeader]]:
     for chunk in _chunks(b"".join(result.buffers), size):
         reader.feed(chunk)
-        while (event := reader.next_event()) is not None:
-            if isinstance(event, FrameReceived):
-                yield event.frame
-            elif isinstance(event, HeaderReceived):
-                if not inspect(event.header):
-                    reader.skip()
-            else:
-                raise event.error
+        yield from reader.accepted_frames(inspect)

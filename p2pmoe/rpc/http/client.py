@@ -9,12 +9,10 @@ import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
-from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader, FrameReceived, HeaderReceived
+from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import ResponseHeader, response_decoder
-from p2pmoe.rpc.http.documents import WIRE_VERSION_HEADER, fetch_json, open_session, refusal, unreachable
+from p2pmoe.rpc.http.documents import fetch_json, open_session, refusal, unreachable
 from p2pmoe.types import WIRE_VERSION, Endpoint
-
-__all__ = ["WIRE_VERSION_HEADER", "FramesPayload", "HttpTransport", "write_frames"]
 
 _EXCHANGE_PATH = f"/p2pmoe/v{WIRE_VERSION}/exchange"
 JOIN_BYTES = 64 * 1024  # below this one joined write beats several system calls
@@ -90,14 +88,8 @@ class HttpTransport:
             while chunk := await content.readany():
                 self.bytes_received += len(chunk)
                 reader.feed(chunk)
-                while (event := reader.next_event()) is not None:
-                    if isinstance(event, FrameReceived):
-                        yield event.frame
-                    elif isinstance(event, HeaderReceived):
-                        if not inspect(event.header):
-                            reader.skip()
-                    else:
-                        raise event.error
+                for frame in reader.accepted_frames(inspect):
+                    yield frame
             reader.feed_eof()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise unreachable(endpoint, error) from error

@@ -34,9 +34,11 @@ from p2pmoe.rpc.exchange import ByteBudget, check_wire_version
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 
 
-async def infer(request: web.Request, service: Service, limits: LimitsConfig, budget: ByteBudget) -> web.Response:
+async def infer(
+    request: web.Request, service: Service, limits: LimitsConfig, frame_limits: FrameLimits, budget: ByteBudget
+) -> web.Response:
     """Answer one request. Raises CallError or DecodeError for what is refused."""
-    body = _Body(request, limits)
+    body = _Body(request, limits, frame_limits)
     header = msgspec.structs.replace(
         decode_header(request_decoder, await body.read_json()), model_name=request.match_info["uid"]
     )
@@ -69,12 +71,10 @@ def _total_size(inputs: tuple[TensorHeader, ...], limits: FrameLimits) -> int:
 class _Body:
     """The request's body: JSON first, then binary tensors."""
 
-    def __init__(self, request: web.Request, limits: LimitsConfig) -> None:
+    def __init__(self, request: web.Request, limits: LimitsConfig, frame_limits: FrameLimits) -> None:
         self._content = request.content
         self._limits = limits
-        self.frame_limits = FrameLimits(
-            limits.max_header_bytes, limits.max_body_bytes, limits.max_tensors, limits.max_rank
-        )
+        self.frame_limits = frame_limits
         self._json_bytes = _json_length(request)
         self._rest = b""
         if (request.content_length or 0) > limits.max_json_bytes + limits.max_body_bytes:

@@ -28,7 +28,8 @@ from p2pmoe.protocol.frames import EncodedFrame, FrameLimits
 from p2pmoe.protocol.messages import version_mismatch
 from p2pmoe.rpc.base import Service
 from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
-from p2pmoe.rpc.http.client import JOIN_BYTES, WIRE_VERSION_HEADER, write_frames
+from p2pmoe.rpc.http.client import JOIN_BYTES, write_frames
+from p2pmoe.rpc.http.documents import WIRE_VERSION_HEADER
 from p2pmoe.rpc.http.infer import infer
 from p2pmoe.types import WIRE_VERSION
 
@@ -164,7 +165,7 @@ class HttpServer:
         return await _Exchange(request, self._service, self._frame_limits, self._budget, self._limits).run()
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
-        return await infer(request, self._service, self._limits, self._budget)
+        return await infer(request, self._service, self._limits, self._frame_limits, self._budget)
 
     async def _experts(self, request: web.Request) -> web.Response:
         return _json({"experts": self._service.experts()})
