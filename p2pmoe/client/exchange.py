@@ -22,11 +22,13 @@ from p2pmoe.protocol.frames import EncodedFrame, Frame, describe_tensors, encode
 from p2pmoe.protocol.messages import RequestHeader, RequestParameters, ResponseHeader, new_call_id
 from p2pmoe.protocol.schema import BatchTensorProto, format_tensor
 from p2pmoe.rpc.base import Flat, Transport
-from p2pmoe.rpc.doorbell import Doorbell, thread_doorbell
+from p2pmoe.rpc.doorbell import RELAY_PATIENCE_S, Doorbell, Relay, thread_doorbell
 from p2pmoe.types import Endpoint, Pass
 
 _MERGE_BYTES = 1024 * 1024  # groups are merged into one exchange up to this size
 _MERGE_CALLS = 256
+_CROWD = 8  # calls under way from which on new ones are gathered
+_HOLD_S = 0.001
 _LINGER_S = 2.0
 
 
@@ -99,11 +101,17 @@ class CallGroup:
         self._missing = len(self.calls)
         self._grace: asyncio.TimerHandle | None = None
         self._bell: Doorbell | None = None
+        self._ring: Callable[[Doorbell], object] = Doorbell.ring
+        self._leave: Callable[[Doorbell], object] | None = None
         self._opened = False
         self._notify: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         return f"<CallGroup: {self._missing} of {len(self.calls)} calls unanswered>"
+
+    def wake_through(self, ring: Callable[[Doorbell], object], leave: Callable[[Doorbell], object]) -> None:
+        """How the waiting thread is woken, and whom it tells when it goes on."""
+        self._ring, self._leave = ring, leave
 
     # -- on the loop
 
@@ -126,7 +134,7 @@ class CallGroup:
         if self._grace is not None:
             self._grace.cancel()
         if self._bell is not None:
-            self._bell.ring()
+            self._ring(self._bell)
         if self._notify is not None:
             self._notify()
 
@@ -138,6 +146,8 @@ class CallGroup:
         deadline = time.monotonic() + timeout_s
         while not self._opened and (left_s := deadline - time.monotonic()) > 0:
             bell.wait(left_s)  # may be a late ring of an earlier group: look again
+        if self._leave is not None:
+            self._leave(bell)
 
     async def wait_async(self, timeout_s: float) -> None:
         """The same from a coroutine of any loop."""
@@ -181,6 +191,11 @@ class Dispatcher:
         self.exchanges = 0
         """HTTP exchanges begun."""
         self.calls = 0
+        self.unanswered = 0
+        """Calls under way; changed on the loop alone."""
+        self._held: asyncio.TimerHandle | None = None
+        self._relay = Relay()
+        self._nudge: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
         return f"<Dispatcher: {self.exchanges} exchanges, {self.calls} calls, {len(self._exchanges)} running>"
@@ -189,6 +204,7 @@ class Dispatcher:
         """Send the group's calls: one exchange for each node. Raises ClosedError after close."""
         if self._closed:
             raise ClosedError("the swarm is closed; make a new Swarm")
+        group.wake_through(self._wake, self._relay.woke)
         self._queue.append(group)
         if not self._scheduled:
             self._scheduled = True
@@ -203,7 +219,7 @@ class Dispatcher:
     async def close(self) -> None:
         """End every exchange; waiting callers get PeerUnreachableError."""
         self._closed = True
-        self._flush()
+        self._send_queue()
         for task in list(self._exchanges):
             task.cancel()
         if self._exchanges:
@@ -212,6 +228,16 @@ class Dispatcher:
     # -- on the loop
 
     def _flush(self) -> None:
+        """Send what is queued; while many calls are under way, let it grow for a moment into one larger exchange."""
+        if self.unanswered >= _CROWD and not self._closed:
+            self._held = self._loop.call_later(_HOLD_S, self._send_queue)
+        else:
+            self._send_queue()
+
+    def _send_queue(self) -> None:
+        if self._held is not None:
+            self._held.cancel()
+            self._held = None
         self._scheduled = False
         open_batches: dict[Endpoint, list[Call]] = {}
         sizes: dict[Endpoint, int] = {}
@@ -233,6 +259,7 @@ class Dispatcher:
     def _start(self, endpoint: Endpoint, calls: list[Call]) -> None:
         self.exchanges += 1
         self.calls += len(calls)
+        self.unanswered += len(calls)
         waiting = {call.id: call for call in calls}
         task = self._loop.create_task(self._run(endpoint, calls, waiting))
         self._exchanges[task] = waiting
@@ -288,9 +315,20 @@ class Dispatcher:
         return None
 
     def _finish(self, waiting: dict[str, Call], call: Call, result: Flat | P2PMoEError) -> None:
-        waiting.pop(call.id, None)
+        if waiting.pop(call.id, None) is not None:
+            self.unanswered -= 1
         if call.group is not None:
             call.group.complete(call, result, self._loop)
+        if not waiting and self._held is not None:
+            self._send_queue()
+
+    def _wake(self, bell: Doorbell) -> None:
+        if self._relay.wake(bell) and self._nudge is None:
+            self._nudge = self._loop.call_later(RELAY_PATIENCE_S, self._nudge_relay)
+
+    def _nudge_relay(self) -> None:
+        waits = self._relay.nudge()
+        self._nudge = self._loop.call_later(RELAY_PATIENCE_S, self._nudge_relay) if waits else None
 
     def _abandon(self, group: CallGroup) -> None:
         for call in group.calls:

@@ -162,7 +162,11 @@ def wire_size(header: TensorHeader, limits: FrameLimits) -> tuple[torch.dtype, i
         known = ", ".join(DATATYPE_TO_DTYPE)
         raise DecodeError(f"tensor {header.name!r}: unknown datatype {header.datatype!r}; known: {known}")
     codec = header.parameters.codec
-    if codec is not None and codec != "raw":
+    if codec is None:
+        size = math.prod(header.shape) * dtype.itemsize
+        if 0 < size <= limits.body_bytes and len(header.shape) <= limits.rank:
+            return dtype, size  # what nearly every tensor is
+    elif codec != "raw":
         if codec not in WIRE_CODECS or not dtype.is_floating_point:
             known = ", ".join(WIRE_CODECS)
             raise DecodeError(f"tensor {header.name!r}: unknown codec {codec!r} for {header.datatype}; known: {known}")
@@ -191,18 +195,18 @@ def decoded_size(header: TensorHeader) -> int:
 class TensorSink:
     """Memory for the tensors of one accepted header, filled chunk by chunk; each tensor has aligned memory."""
 
-    def __init__(self, headers: Sequence[TensorHeader], limits: FrameLimits) -> None:
+    def __init__(self, headers: Sequence[TensorHeader], sizes: Sequence[tuple[torch.dtype, int]]) -> None:
         self._headers = headers
         self._tensors: list[torch.Tensor] = []
         self._memories: list[memoryview] = []
-        for header in headers:
-            dtype, size = wire_size(header, limits)
+        for header, (dtype, size) in zip(headers, sizes, strict=True):
             # Foreign BOOL bytes may be other than 0 and 1, which torch must never see in a bool tensor.
             tensor = torch.empty(header.shape, dtype=torch.uint8 if dtype is torch.bool else dtype)
             self._tensors.append(tensor)
             if size:
                 self._memories.append(tensor_memory(tensor))
-        self._memories.reverse()
+        if len(self._memories) > 1:
+            self._memories.reverse()
         self._offset = 0
 
     def write(self, data: memoryview) -> int:
@@ -211,7 +215,10 @@ class TensorSink:
         while self._memories and taken < len(data):
             memory = self._memories[-1]
             count = min(len(data) - taken, len(memory) - self._offset)
-            memory[self._offset : self._offset + count] = data[taken : taken + count]
+            if count == len(memory) == len(data):
+                memory[:] = data
+            else:
+                memory[self._offset : self._offset + count] = data[taken : taken + count]
             taken += count
             self._offset += count
             if self._offset == len(memory):
@@ -253,6 +260,7 @@ class FrameReader(Generic[H]):
         self._carry = bytearray()  # a prefix or header that began in an earlier chunk
         self._lengths: tuple[int, int] | None = None
         self._header: H | None = None
+        self._sizes: list[tuple[torch.dtype, int]] = []
         self._sink: TensorSink | None = None
         self._skip_bytes = 0
 
@@ -334,7 +342,7 @@ class FrameReader(Generic[H]):
         try:
             header = decode_header(self._decoder, raw)
             call_id = header.id
-            check_sizes(header.tensors, body_bytes, self._limits)
+            self._sizes = check_sizes(header.tensors, body_bytes, self._limits)
         except DecodeError as error:
             self._lengths = None
             self._skip_bytes = body_bytes
@@ -344,7 +352,7 @@ class FrameReader(Generic[H]):
 
     def _next_of_body(self, header: H) -> FrameReceived[H] | None:
         if self._sink is None:
-            self._sink = TensorSink(header.tensors, self._limits)
+            self._sink = TensorSink(header.tensors, self._sizes)
         if self._chunk:
             self._chunk = self._chunk[self._sink.write(self._chunk) :]
         if not self._sink.full:
@@ -354,8 +362,8 @@ class FrameReader(Generic[H]):
         return FrameReceived(frame)
 
 
-def check_sizes(tensors: Sequence[TensorHeader], body_bytes: int, limits: FrameLimits) -> None:
-    """That a header's tensors fill the body exactly, within the limits. Raises DecodeError."""
+def check_sizes(tensors: Sequence[TensorHeader], body_bytes: int, limits: FrameLimits) -> list[tuple[torch.dtype, int]]:
+    """The `wire_size` of each of a header's tensors, which must fill the body exactly. Raises DecodeError."""
     if body_bytes > limits.body_bytes:
         raise DecodeError(
             f"a body of {body_bytes} bytes is over the limit of {limits.body_bytes}; send fewer rows a call",
@@ -364,8 +372,10 @@ def check_sizes(tensors: Sequence[TensorHeader], body_bytes: int, limits: FrameL
     if len(tensors) > limits.tensors:
         raise DecodeError(f"{len(tensors)} tensors are over the limit of {limits.tensors}")
     total = grown = 0
+    sizes = []
     for tensor in tensors:
-        _, size = wire_size(tensor, limits)
+        dtype, size = wire_size(tensor, limits)
+        sizes.append((dtype, size))
         declared = tensor.parameters.binary_data_size
         if declared != size:
             shape = list(tensor.shape)
@@ -373,8 +383,9 @@ def check_sizes(tensors: Sequence[TensorHeader], body_bytes: int, limits: FrameL
                 f"tensor {tensor.name!r}: {tensor.datatype}{shape} takes {size} bytes, binary_data_size says {declared}"
             )
         total += size
-        grown += decoded_size(tensor)
+        grown += size if tensor.parameters.codec is None else decoded_size(tensor)
     if grown > limits.body_bytes:
         raise DecodeError(f"{grown} bytes of tensors are over the limit of {limits.body_bytes}", code=413)
     if total != body_bytes:
         raise DecodeError(f"the tensors take {total} bytes, the frame's body has {body_bytes}")
+    return sizes

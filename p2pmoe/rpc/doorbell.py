@@ -9,6 +9,13 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
+from collections import deque
+from typing import Final
+
+RELAY_PATIENCE_S: Final = 0.002
+
+_LONGEST_WAIT_S = 1.0  # so that waits of all lengths share one timeout of the socket
 
 
 class Doorbell:
@@ -17,6 +24,7 @@ class Doorbell:
     def __init__(self) -> None:
         self._waiting_end, self._ringing_end = socket.socketpair()
         self._ringing_end.setblocking(False)
+        self._timeout_s = 0.0  # of the waiting end; setting it costs a system call
 
     def __repr__(self) -> str:
         return f"<Doorbell {self._waiting_end.fileno()}>"
@@ -27,8 +35,11 @@ class Doorbell:
             self._ringing_end.send(b"\0")
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether the bell rang within `timeout_s`. May return early, for a ring that is over."""
-        self._waiting_end.settimeout(max(timeout_s, 1e-6))
+        """Whether the bell rang within `timeout_s`. May return early, for a ring that is over or after a second."""
+        timeout_s = min(max(timeout_s, 1e-6), _LONGEST_WAIT_S)
+        if timeout_s != self._timeout_s:
+            self._timeout_s = timeout_s
+            self._waiting_end.settimeout(timeout_s)
         try:
             self._waiting_end.recv(4096)
         except TimeoutError:
@@ -42,6 +53,45 @@ class Doorbell:
 
     def __del__(self) -> None:
         self.close()
+
+
+class Relay:
+    """Wakes many threads one after the other: each that wakes wakes the next.
+
+    Threads that are woken together only queue up for the interpreter's lock, and each turn there costs two switches
+    between threads (docs/benchmarks.md). `wake` and `nudge` belong to one thread, `woke` to those that wait.
+    """
+
+    def __init__(self) -> None:
+        self._bells: deque[Doorbell] = deque()
+        self._moved_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Relay: {len(self._bells)} to wake>"
+
+    def wake(self, bell: Doorbell) -> bool:
+        """Ring when its turn has come; whether it has to wait for others."""
+        self._bells.append(bell)
+        if len(self._bells) > 1 and self._bells[0] is not bell:
+            return True
+        self._moved_at = time.monotonic()
+        bell.ring()
+        return False
+
+    def woke(self, bell: Doorbell) -> None:
+        """The thread of this bell is awake, or waits no longer: the next one's turn."""
+        with contextlib.suppress(ValueError):
+            self._bells.remove(bell)
+        self._moved_at = time.monotonic()
+        with contextlib.suppress(IndexError):
+            self._bells[0].ring()
+
+    def nudge(self) -> bool:
+        """Whether somebody still waits for a turn. Wakes all when nobody has taken a turn for a while."""
+        if self._bells and time.monotonic() - self._moved_at > RELAY_PATIENCE_S:
+            while self._bells:
+                self._bells.popleft().ring()
+        return bool(self._bells)
 
 
 _of_thread = threading.local()

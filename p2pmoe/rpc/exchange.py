@@ -29,6 +29,7 @@ from p2pmoe.protocol.messages import (
     version_mismatch,
 )
 from p2pmoe.rpc.base import Flat, Service
+from p2pmoe.rpc.prompt import when_done
 from p2pmoe.types import WIRE_VERSION
 
 
@@ -182,7 +183,7 @@ class ServerExchange:
             return
         self._service.count_wire("in", frame.header.inputs)
         self._running[future] = held
-        future.add_done_callback(partial(self._finish, frame.header))
+        when_done(future, partial(self._finish, frame.header))
 
     def _finish(self, header: RequestHeader, future: asyncio.Future[Flat]) -> None:
         self._budget.give(self._running.pop(future))

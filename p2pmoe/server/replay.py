@@ -17,6 +17,7 @@ from functools import partial
 
 from p2pmoe.errors import ReplayConflictError
 from p2pmoe.rpc.base import Flat
+from p2pmoe.rpc.prompt import PromptFuture, when_done
 from p2pmoe.server.task_pool import Task, TaskPool
 
 
@@ -69,17 +70,17 @@ class ReplayWindow:
         """Remember a call that was just queued; the future to wait for instead of the task's own."""
         entry = _Entry(uid, pool, task, self._clock(), task.future)
         self._entries[call_id] = entry
-        task.future.add_done_callback(partial(self._answer, call_id, entry))
+        when_done(task.future, partial(self._answer, call_id, entry))
         return self._wait_for(call_id, entry, task.future)
 
     # -- private
 
     def _wait_for(self, call_id: str, entry: _Entry, source: asyncio.Future[Flat]) -> asyncio.Future[Flat]:
         """A future of its own for each caller, so that one who leaves does not take the answer from the others."""
-        waiter: asyncio.Future[Flat] = source.get_loop().create_future()
+        waiter: PromptFuture[Flat] = PromptFuture(loop=source.get_loop())
         entry.waiters += 1
-        waiter.add_done_callback(partial(self._leave, call_id, entry))
-        source.add_done_callback(partial(_copy_result, waiter))
+        when_done(waiter, partial(self._leave, call_id, entry))
+        when_done(source, partial(_copy_result, waiter))
         return waiter
 
     def _leave(self, call_id: str, entry: _Entry, waiter: asyncio.Future[Flat]) -> None:

@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 
 from p2pmoe.errors import BadRequestError, ExpiredCallError, OverloadedError, SchemaError
+from p2pmoe.rpc.base import Flat
+from p2pmoe.rpc.prompt import PromptFuture
 
 ProcessFunction = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -128,7 +130,7 @@ class TaskPool:
         rows = tensors[0].shape[0]
         if any(tensor.shape[0] != rows for tensor in tensors):
             raise BadRequestError(f"the tensors of a call differ in rows: {[len(tensor) for tensor in tensors]}")
-        future = asyncio.get_running_loop().create_future()
+        future: PromptFuture[Flat] = PromptFuture(loop=asyncio.get_running_loop())
         task = Task(tensors, rows, future, self._clock(), deadline)
         with self._lock:
             if len(self._tasks) >= self.max_queue_size:

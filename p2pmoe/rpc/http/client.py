@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import aiohttp
+from aiohttp import hdrs
 from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
 from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import ResponseHeader, response_decoder
-from p2pmoe.rpc.http.documents import fetch_json, open_session, refusal, unreachable
+from p2pmoe.rpc.http.direct import DirectPost, DirectResponse, joined
+from p2pmoe.rpc.http.documents import WIRE_VERSION_HEADER, fetch_json, open_session, refusal, unreachable
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 _EXCHANGE_PATH = f"/p2pmoe/v{WIRE_VERSION}/exchange"
-JOIN_BYTES = 64 * 1024  # below this one joined write beats several system calls
-_SLICE_BYTES = 256 * 1024  # asyncio copies what the socket does not take of one write; so little of it at a time
 _READ_BYTES = 4 * 1024 * 1024  # the stream buffer; the default of 64 KiB stops and starts the socket all the time
+_DIRECT_BYTES = 1024 * 1024  # larger requests are written with back-pressure while the first results arrive
+_MAX_PEERS = 4096  # whose prepared requests are kept
 
 
 class FramesPayload(aiohttp.payload.Payload):
@@ -40,20 +43,8 @@ class FramesPayload(aiohttp.payload.Payload):
 
 async def write_frames(frames: Sequence[EncodedFrame], write: Callable[..., Any]) -> None:
     """Small frames in one joined write, large tensor memory as it lies."""
-    joined = bytearray()
-    for frame in frames:
-        for buffer in frame.buffers:
-            if len(buffer) <= JOIN_BYTES:
-                joined += buffer
-                if len(joined) < JOIN_BYTES:
-                    continue
-            if joined:
-                await write(bytes(joined))
-                joined = bytearray()
-            for start in range(0, len(buffer), _SLICE_BYTES) if len(buffer) > JOIN_BYTES else ():
-                await write(memoryview(buffer)[start : start + _SLICE_BYTES])
-    if joined:
-        await write(bytes(joined))
+    for part in joined(chain.from_iterable(frame.buffers for frame in frames)):
+        await write(part)
 
 
 class HttpTransport:
@@ -63,7 +54,7 @@ class HttpTransport:
         self._limits = limits or FrameLimits()
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
         self._session: aiohttp.ClientSession | None = None
-        self._urls: dict[Endpoint, URL] = {}
+        self._posts: dict[Endpoint, DirectPost] = {}
         self.bytes_sent = 0
         self.bytes_received = 0
         self.exchanges = 0
@@ -106,6 +97,7 @@ class HttpTransport:
         if self._session is not None:
             await self._session.close()
             self._session = None
+            self._posts.clear()
 
     # -- private
 
@@ -114,18 +106,39 @@ class HttpTransport:
             self._session = open_session(self._timeout, read_bufsize=_READ_BYTES)
         return self._session
 
-    async def _post(self, endpoint: Endpoint, frames: Sequence[EncodedFrame]) -> aiohttp.ClientResponse:
-        url = self._urls.get(endpoint)
-        if url is None:
-            url = self._urls[endpoint] = URL(endpoint.url + _EXCHANGE_PATH)
-        payload = FramesPayload(frames)
-        self.bytes_sent += payload.size or 0
-        session = self._open()
+    async def _post(
+        self, endpoint: Endpoint, frames: Sequence[EncodedFrame]
+    ) -> DirectResponse | aiohttp.ClientResponse:
+        nbytes = sum(frame.nbytes for frame in frames)
+        self.bytes_sent += nbytes
         try:
-            return await session.post(url, data=payload, allow_redirects=False)
+            return await self._send(endpoint, frames, nbytes)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             if isinstance(error, aiohttp.ClientConnectorError):
                 raise
             # A pooled connection may have been closed by the peer just now. The ids are the same, and the
             # server applies a backward id at most once, so asking again is safe.
+            return await self._send(endpoint, frames, nbytes)
+
+    async def _send(
+        self, endpoint: Endpoint, frames: Sequence[EncodedFrame], nbytes: int
+    ) -> DirectResponse | aiohttp.ClientResponse:
+        session = self._open()
+        if nbytes > _DIRECT_BYTES:
+            url = URL(endpoint.url + _EXCHANGE_PATH)
             return await session.post(url, data=FramesPayload(frames), allow_redirects=False)
+        post = self._posts.get(endpoint) or self._prepare(session, endpoint)
+        return await post.send(chain.from_iterable(frame.buffers for frame in frames), nbytes)
+
+    def _prepare(self, session: aiohttp.ClientSession, endpoint: Endpoint) -> DirectPost:
+        assert session.connector is not None
+        if len(self._posts) >= _MAX_PEERS:
+            self._posts.clear()
+        post = self._posts[endpoint] = DirectPost(
+            session.connector,
+            URL(endpoint.url + _EXCHANGE_PATH),
+            headers=[(hdrs.CONTENT_TYPE, "application/octet-stream"), (WIRE_VERSION_HEADER, str(WIRE_VERSION))],
+            timeout=self._timeout,
+            read_bufsize=_READ_BYTES,
+        )
+        return post

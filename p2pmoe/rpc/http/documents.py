@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import aiohttp
 import msgspec
@@ -16,6 +17,21 @@ from p2pmoe.types import WIRE_VERSION, Endpoint
 
 WIRE_VERSION_HEADER: Final = "P2PMoE-Wire-Version"
 MAX_DOCUMENT_BYTES: Final = 4 * 1024 * 1024
+
+
+class Response(Protocol):
+    """What a refusal is read from."""
+
+    @property
+    def url(self) -> URL: ...
+    @property
+    def status(self) -> int: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    @property
+    def content(self) -> aiohttp.StreamReader: ...
 
 
 def open_session(timeout: aiohttp.ClientTimeout, **options: Any) -> aiohttp.ClientSession:
@@ -77,7 +93,7 @@ class HttpDocuments:
         await self.close()
 
 
-async def _read_document(response: aiohttp.ClientResponse) -> bytes:
+async def _read_document(response: Response) -> bytes:
     body = bytearray()
     async for chunk in response.content.iter_any():
         body += chunk
@@ -86,7 +102,7 @@ async def _read_document(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
-async def refusal(response: aiohttp.ClientResponse) -> Exception:
+async def refusal(response: Response) -> Exception:
     """The CallError for a status that refuses a request as a whole."""
     try:
         document = msgspec.json.decode(await _read_document(response))

@@ -113,7 +113,7 @@ class _Body:
             declared = header.parameters.binary_data_size
             if size != declared:
                 raise BadRequestError(f"input {header.name!r} takes {size} bytes, binary_data_size says {declared}")
-        sink = TensorSink(binary, self.frame_limits)
+        sink = TensorSink(binary, [wire_size(header, self.frame_limits) for header in binary])
         chunk, taken = self._rest, 0
         while not sink.full:
             taken = sink.write(memoryview(chunk))

@@ -28,7 +28,8 @@ from p2pmoe.protocol.frames import EncodedFrame, FrameLimits
 from p2pmoe.protocol.messages import version_mismatch
 from p2pmoe.rpc.base import Service
 from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
-from p2pmoe.rpc.http.client import JOIN_BYTES, write_frames
+from p2pmoe.rpc.http.client import write_frames
+from p2pmoe.rpc.http.direct import JOIN_BYTES
 from p2pmoe.rpc.http.documents import WIRE_VERSION_HEADER
 from p2pmoe.rpc.http.infer import infer
 from p2pmoe.types import WIRE_VERSION

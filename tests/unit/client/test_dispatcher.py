@@ -1,0 +1,91 @@
+"""The dispatcher under many callers: they share exchanges, and nobody waits for a stranger's slow call."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+from swarm_kit import WAIT_S, Gate, make_backend, open_world, run_threads
+
+import p2pmoe
+from p2pmoe.client.exchange import CallGroup, make_call
+
+
+def forward(expert: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = expert(x)
+    return result
+
+
+def timed(expert: torch.nn.Module, x: torch.Tensor) -> float:
+    begun = time.monotonic()
+    forward(expert, x)
+    return time.monotonic() - begun
+
+
+def test_many_callers_share_exchanges() -> None:
+    callers, calls = 32, 10
+    with open_world({"alice": [make_backend("ffn.0")]}, carrier="http") as world:
+        expert = world.swarm.expert("ffn.0")
+        x = torch.ones(1, 4)
+        wanted = forward(expert, x)
+        before = world.swarm.dispatcher.exchanges
+
+        def call() -> None:
+            for _ in range(calls):
+                assert torch.allclose(forward(expert, x), wanted)
+
+        run_threads([call] * callers)
+        exchanges = world.swarm.dispatcher.exchanges - before
+        assert exchanges < callers * calls / 3, f"{exchanges} exchanges for {callers * calls} calls"
+
+
+def test_new_calls_are_not_held_back_by_slow_ones() -> None:
+    """While more than a crowd of calls hangs at one node, calls to another one are sent and answered."""
+    gate, x = Gate(), torch.ones(1, 4)
+    hosts = {"alice": [make_backend("ffn.0", gate)], "bob": [make_backend("ffn.1")]}
+    with open_world(hosts, carrier="http") as world:
+        slow, quick = world.swarm.expert("ffn.0"), world.swarm.expert("ffn.1")
+        forward(slow, x)
+        forward(quick, x)
+        gate.armed = True
+        threads = [threading.Thread(target=forward, args=(slow, x)) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        assert gate.begun.wait(WAIT_S)
+        deadline = time.monotonic() + WAIT_S
+        while world.swarm.dispatcher.unanswered < 16 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        durations = sorted(timed(quick, x) for _ in range(20))
+        gate.go.set()
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert durations[10] < 0.1
+
+
+def test_a_caller_that_left_keeps_nobody_from_waking() -> None:
+    """Calls that are given up at once: their bells are rung when nobody listens any more."""
+    x, stop = torch.ones(1, 4), threading.Event()
+    protos = (p2pmoe.BatchTensorProto(4),)
+    with open_world({"alice": [make_backend("ffn.0")]}, carrier="http") as world:
+        expert = world.swarm.expert("ffn.0")
+        forward(expert, x)
+
+        def leave() -> int:
+            left = 0
+            while not stop.is_set():
+                call = make_call(world.alice.endpoint, "ffn.0", "forward", (x,), protos, protos, timeout_s=WAIT_S)
+                world.swarm.call(CallGroup([call]), 1e-4)
+                left += call.result is None
+            return left
+
+        def stay() -> float:
+            try:
+                return max(timed(expert, x) for _ in range(100))
+            finally:
+                stop.set()
+
+        *left, longest = run_threads([leave] * 8 + [stay])
+        assert sum(left) > 10
+        assert longest < 2.0
