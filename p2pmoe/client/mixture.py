@@ -21,15 +21,22 @@ from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.exchange import Call, CallGroup, make_call
 from p2pmoe.client.gating import ProductKeyGating, masked_softmax
 from p2pmoe.client.remote_expert import always_differentiable, check_arguments, fill_gradients, keep_outputs
+from p2pmoe.client.replies import check_finite
 from p2pmoe.client.routing import Routing, route
 from p2pmoe.client.swarm import Swarm
-from p2pmoe.errors import DecodeError, ExpertNotFoundError, ExpertsUnavailableError, P2PMoEError, SchemaError
+from p2pmoe.errors import (
+    ExpertNotFoundError,
+    ExpertsUnavailableError,
+    NonFiniteReplyError,
+    P2PMoEError,
+    SchemaError,
+)
 from p2pmoe.experts.directory import Provider
 from p2pmoe.experts.uid import parse_uid, prefix_of
 from p2pmoe.protocol.nested import nested_map, nested_pack
 from p2pmoe.protocol.schema import BatchTensorProto, format_schema
 from p2pmoe.rpc.base import Flat
-from p2pmoe.types import Pass
+from p2pmoe.types import Pass, PeerId
 
 T = TypeVar("T")
 _SHOWN_ROWS = 8
@@ -91,7 +98,8 @@ class RemoteMixtureOfExperts(nn.Module):
         forward_timeout_s, backward_timeout_s: how long one pass may take in all.
         timeout_after_k_min_s: None waits for all k_best until the timeout.
         backward_k_min: experts a row whose backward pass must succeed, of those that answered forward.
-        detect_anomalies: treat non-finite answers as failures, and refuse non-finite inputs.
+        detect_anomalies: refuse non-finite inputs, and treat every non-finite answer as a failure. Without it an
+            answer counts as a failure unless non-finite inputs or gradients of the caller's own explain it.
         allow_zero_outputs: rows with fewer than k_min answers are mixed from what there is, zeros if nothing;
             otherwise they raise.
         beam_size: how many prefixes a row the search follows; at least k_best.
@@ -211,7 +219,8 @@ class RemoteMixtureOfExperts(nn.Module):
             group, sent = self._forward_group(way, sorted_inputs, found.valid, _left(deadline))
             if sent:
                 yield group
-            results = self._collect(way, group, sent, self.options.forward_timeout_s)
+            results = self._collect(way, group, sent, self.options.forward_timeout_s, sorted_inputs)
+            self._offer(way, sent, sorted_inputs, results)
             alive = self._alive(way, results, found.valid)
             short = self._short_rows(alive)
             if not short:
@@ -306,12 +315,10 @@ class RemoteMixtureOfExperts(nn.Module):
 
     def _route(self, info: ExpertInfo, found: Found) -> Route:
         routing = route(found.coordinates, found.valid, self.grid_size)
+        order = self.swarm.trust.order
+        candidates = [order(found.providers(self.uid_prefix, expert)) for expert in routing.experts]
         providers = [
-            next(
-                (each for each in found.providers(self.uid_prefix, expert) if each.schema_digest == info.schema_digest),
-                None,
-            )
-            for expert in routing.experts
+            next((each for each in among if each.schema_digest == info.schema_digest), None) for among in candidates
         ]
         uids = [prefix_of(self.uid_prefix, expert)[:-1] for expert in routing.experts]
         return Route(routing, uids, providers, info, len(found.valid))
@@ -339,10 +346,21 @@ class RemoteMixtureOfExperts(nn.Module):
         assert provider is not None
         start, end = way.routing.bounds[index]
         rows = [tensor[start:end] for tensor in tensors]
-        return make_call(provider.endpoint, way.uids[index], direction, rows, protos, expected, timeout_s=timeout_s)
+        return make_call(
+            provider.endpoint,
+            way.uids[index],
+            direction,
+            rows,
+            protos,
+            expected,
+            timeout_s=timeout_s,
+            peer_id=provider.peer_id,
+        )
 
-    def _collect(self, way: Route, group: CallGroup, sent: list[int], timeout_s: float) -> list[Flat | P2PMoEError]:
-        """A result for every expert of the route."""
+    def _collect(
+        self, way: Route, group: CallGroup, sent: list[int], timeout_s: float, tensors: Flat
+    ) -> list[Flat | P2PMoEError]:
+        """A result for every expert of the route; `tensors` are what its calls were slices of."""
         results: list[Flat | P2PMoEError] = [
             ExpertNotFoundError(f"nobody hosts {uid} with this schema") for uid in way.uids
         ]
@@ -352,20 +370,40 @@ class RemoteMixtureOfExperts(nn.Module):
             for index, result in zip(sent, answers, strict=True)
             if (provider := way.providers[index]) is not None and not isinstance(result, P2PMoEError)
         }
-        for index, result in zip(sent, answers, strict=True):
-            checked = results[index] = self._checked(way.uids[index], result)
+        lied = set[PeerId]()
+        for index, call, result in zip(sent, group.calls, answers, strict=True):
+            checked = results[index] = self._checked(way, index, call, result, tensors)
             provider = way.providers[index]
+            if not isinstance(checked, P2PMoEError) or provider is None:
+                continue
             # One slow expert is no reason to leave out a peer that has answered for others.
-            if isinstance(checked, P2PMoEError) and provider is not None and provider.peer_id not in alive:
+            silent = provider.peer_id not in alive
+            # A pass is one piece of evidence, however many experts of a node are broken.
+            if silent or (isinstance(checked, NonFiniteReplyError) and provider.peer_id not in lied):
                 self.swarm.note_failure(provider, checked)
+                lied.add(provider.peer_id)
         return results
 
-    def _checked(self, uid: str, result: Flat | P2PMoEError) -> Flat | P2PMoEError:
-        if not self.options.detect_anomalies or isinstance(result, P2PMoEError):
+    def _checked(
+        self, way: Route, index: int, call: Call, result: Flat | P2PMoEError, tensors: Flat
+    ) -> Flat | P2PMoEError:
+        strict = self.options.detect_anomalies
+        if isinstance(result, P2PMoEError) or not (strict or self.swarm.check_finite):
             return result
-        if all(bool(tensor.isfinite().all()) for tensor in result if tensor.is_floating_point()):
-            return result
-        return DecodeError(f"{uid} answered non-finite values")
+        start, end = way.routing.bounds[index]
+        sent = [tensor[start:end] for tensor in tensors]
+        return check_finite(f"{call.uid} at {call.endpoint}", result, sent, call.expected, strict=strict) or result
+
+    def _offer(self, way: Route, sent: list[int], inputs: Flat, results: list[Flat | P2PMoEError]) -> None:
+        """Calls that went through; the swarm may have some repeated by somebody else."""
+        verifier = self.swarm.verifier
+        if verifier is None:
+            return
+        for index in sent:
+            provider, result = way.providers[index], results[index]
+            if provider is not None and not isinstance(result, P2PMoEError):
+                start, end = way.routing.bounds[index]
+                verifier.offer(provider, way.uids[index], way.info, tuple(each[start:end] for each in inputs), result)
 
     @staticmethod
     def _alive(way: Route, results: list[Flat | P2PMoEError], valid: torch.Tensor) -> torch.Tensor:
@@ -433,7 +471,7 @@ class RemoteMixtureOfExperts(nn.Module):
         group = CallGroup(calls, enough=enough, grace_s=self.options.timeout_after_k_min_s)
         if calls:
             self.swarm.call(group, timeout_s)
-        results = self._collect(way, group, answered, timeout_s)
+        results = self._collect(way, group, answered, timeout_s, (*inputs, *gradients))
         trained = [index for index in answered if not isinstance(results[index], P2PMoEError)]
         short = (_count_rows(way, trained) < needed).nonzero().flatten().tolist()
         if short:
