@@ -272,9 +272,9 @@ def same_answer(first: torch.Tensor, second: torch.Tensor, *, rtol: float, atol:
     """Whether two [B, …] answers are the same but for rounding; see `VerifyOptions`. NaN equals nothing."""
     if not first.is_floating_point():
         return torch.equal(first, second)
-    first, second = first.double().flatten(1), second.double().flatten(1)
     if not first.numel():
         return True
+    first, second = (each.double().reshape(len(each), -1) for each in (first, second))
     largest = torch.maximum(first.abs().amax(1), second.abs().amax(1))
     return bool(((first - second).abs() <= (atol + rtol * largest).unsqueeze(1)).all())
 
