@@ -11,6 +11,7 @@
     │   └── ClosedError             used after close()
     └── RemoteError                 a peer's side: what it sent, what it answered, that it is silent
         ├── DecodeError             bytes that are no value of the wire format
+        │   └── NonFiniteReplyError NaN or infinity where a call asked for numbers
         ├── PeerUnreachableError    nobody answers at that endpoint
         │   └── BootstrapError      none of the initial peers answered
         ├── DeadlineError           no answer in time
@@ -97,6 +98,12 @@ class DecodeError(RemoteError, ValueError):
     def __init__(self, message: str, *, code: int = 400) -> None:
         super().__init__(message)
         self.code = code
+
+
+class NonFiniteReplyError(DecodeError):
+    """A reply has NaN or infinite values. `is_evidence`: nothing that was sent explains them."""
+
+    is_evidence: bool = False
 
 
 class PeerUnreachableError(RemoteError, ConnectionError):

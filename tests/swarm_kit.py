@@ -139,8 +139,9 @@ def open_world(
     carrier: str = "memory",
     limits: LimitsConfig | None = None,
     network: MemoryNetwork | None = None,
+    **swarm_options: Any,
 ) -> Iterator[World]:
-    """Peers by name with their experts, reachable in memory or over HTTP."""
+    """Peers by name with their experts, reachable in memory or over HTTP; options are those of `Swarm`."""
     network = network or MemoryNetwork()
     with contextlib.ExitStack() as stack:
         peers = {}
@@ -154,7 +155,8 @@ def open_world(
             peers[name] = peer
         directory = StaticDirectory(_providers(peers.values()))
         transport = HttpTransport() if carrier == "http" else MemoryTransport(network)
-        swarm = stack.enter_context(p2pmoe.Swarm(directory=directory, transport=transport, timeout_s=WAIT_S))
+        swarm = p2pmoe.Swarm(**{"directory": directory, "transport": transport, "timeout_s": WAIT_S} | swarm_options)
+        stack.enter_context(swarm)
         yield World(peers, swarm, directory, network)
 
 

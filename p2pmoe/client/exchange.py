@@ -23,13 +23,14 @@ from p2pmoe.protocol.messages import RequestHeader, RequestParameters, ResponseH
 from p2pmoe.protocol.schema import BatchTensorProto, format_tensor
 from p2pmoe.rpc.base import Flat, Transport
 from p2pmoe.rpc.doorbell import RELAY_PATIENCE_S, Doorbell, Relay, thread_doorbell
-from p2pmoe.types import Endpoint, Pass
+from p2pmoe.types import Endpoint, Pass, PeerId
 
 _MERGE_BYTES = 1024 * 1024  # groups are merged into one exchange up to this size
 _MERGE_CALLS = 256
 _CROWD = 8  # calls under way from which on new ones are gathered
 _HOLD_S = 0.001
 _LINGER_S = 2.0
+_MAX_STRAYS = 16  # frames of one exchange that answer no call; errors for the exchange as a whole are among them
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +43,7 @@ class Call:
     frame: EncodedFrame
     expected: tuple[BatchTensorProto, ...]
     rows: int
+    peer_id: PeerId | None = None
     result: Flat | P2PMoEError | None = None
     group: CallGroup | None = None
     position: int = 0
@@ -54,6 +56,8 @@ class Call:
             shown = ", ".join(format_tensor(shape, datatype[:16]) for datatype, shape in received[:16])
             wanted = ", ".join(format_tensor(shape, datatype) for datatype, shape in expected)
             raise DecodeError(f"{self.uid} at {self.endpoint} answered ({shown}) instead of ({wanted})")
+        if header.model_name not in ("", self.uid):
+            raise DecodeError(f"{self.uid} at {self.endpoint} answered as {header.model_name[:64]!r}")
         if header.code != 200 and received:
             raise DecodeError(f"{self.uid} at {self.endpoint} answered an error with tensors")
 
@@ -68,8 +72,12 @@ def make_call(
     *,
     timeout_s: float,
     call_id: str | None = None,
+    peer_id: PeerId | None = None,
 ) -> Call:
-    """Encode one call; `tensors` in wire order with the schemas `protos`, `expected` those of the result."""
+    """Encode one call; `tensors` in wire order with the schemas `protos`, `expected` those of the result.
+
+    `peer_id` is whom to blame for what the endpoint answers.
+    """
     headers, memories = describe_tensors(tensors, [proto.codec for proto in protos])
     call_id = call_id or new_call_id()
     header = RequestHeader(
@@ -78,7 +86,7 @@ def make_call(
         inputs=headers,
         parameters=RequestParameters(direction=direction, timeout_ms=timeout_s * 1e3),
     )
-    return Call(call_id, endpoint, uid, encode_frame(header, memories), expected, len(tensors[0]))
+    return Call(call_id, endpoint, uid, encode_frame(header, memories), expected, len(tensors[0]), peer_id)
 
 
 class CallGroup:
@@ -178,15 +186,33 @@ class CallGroup:
         ]
 
 
-class Dispatcher:
-    """Puts groups on the wire. `submit` and `abandon` may be called from any thread."""
+class _Waiting(dict[str, Call]):
+    """The calls of one exchange that have no answer yet, and what the node said beside answers."""
 
-    def __init__(self, transport: Transport, loop: asyncio.AbstractEventLoop) -> None:
+    strays = 0
+    lied = False
+    peer_id: PeerId | None = None
+
+
+class Dispatcher:
+    """Puts groups on the wire. `submit` and `abandon` may be called from any thread.
+
+    `on_lie` is told, on the loop and once for each exchange, of a peer whose replies break the wire format or the
+    schema, or answer what nobody asked.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        loop: asyncio.AbstractEventLoop,
+        on_lie: Callable[[PeerId, DecodeError], None] = lambda *_: None,
+    ) -> None:
         self._transport = transport
         self._loop = loop
+        self._on_lie = on_lie
         self._queue: deque[CallGroup] = deque()
         self._scheduled = False
-        self._exchanges: dict[asyncio.Task[None], dict[str, Call]] = {}
+        self._exchanges: dict[asyncio.Task[None], _Waiting] = {}
         self._closed = False
         self.exchanges = 0
         """HTTP exchanges begun."""
@@ -260,7 +286,8 @@ class Dispatcher:
         self.exchanges += 1
         self.calls += len(calls)
         self.unanswered += len(calls)
-        waiting = {call.id: call for call in calls}
+        waiting = _Waiting((call.id, call) for call in calls)
+        waiting.peer_id = calls[0].peer_id
         task = self._loop.create_task(self._run(endpoint, calls, waiting))
         self._exchanges[task] = waiting
         task.add_done_callback(self._ended)
@@ -268,7 +295,7 @@ class Dispatcher:
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._exchanges[task]
 
-    async def _run(self, endpoint: Endpoint, calls: list[Call], waiting: dict[str, Call]) -> None:
+    async def _run(self, endpoint: Endpoint, calls: list[Call], waiting: _Waiting) -> None:
         reason: P2PMoEError = PeerUnreachableError(f"{endpoint} ended the exchange without answering every call")
         try:
             frames = [call.frame for call in calls]
@@ -283,24 +310,42 @@ class Dispatcher:
                     linger.cancel()
         except P2PMoEError as error:
             reason = error
+            if isinstance(error, DecodeError):
+                self._note_lie(waiting, error)
         except asyncio.CancelledError:
             reason = PeerUnreachableError(f"the exchange with {endpoint} was cancelled")
         finally:
             for call in list(waiting.values()):
                 self._finish(waiting, call, reason)
 
-    def _inspect(self, waiting: dict[str, Call], header: ResponseHeader) -> bool:
+    def _inspect(self, waiting: _Waiting, header: ResponseHeader) -> bool:
         call = waiting.get(header.id)
         if call is None:
-            return not header.id and header.code != 200 and not header.outputs
+            return self._inspect_stray(waiting, header)
         try:
             call.check(header)
         except DecodeError as error:
+            self._note_lie(waiting, error)
             self._finish(waiting, call, error)
             return False
         return True
 
-    def _receive(self, waiting: dict[str, Call], frame: Frame[ResponseHeader]) -> P2PMoEError | None:
+    def _inspect_stray(self, waiting: _Waiting, header: ResponseHeader) -> bool:
+        """A frame that answers no call: an error for the exchange as a whole, or nothing that was asked for."""
+        stands_for_all = not header.id and header.code != 200 and not header.outputs
+        if not stands_for_all:
+            self._note_lie(waiting, DecodeError(f"a reply {header.id[:64]!r} that nobody asked for, or a second one"))
+        waiting.strays += 1
+        if waiting.strays > _MAX_STRAYS:  # else a node could keep this loop busy with empty frames for ever
+            raise DecodeError(f"more than {_MAX_STRAYS} frames of an exchange answer no call of it")
+        return stands_for_all
+
+    def _note_lie(self, waiting: _Waiting, error: DecodeError) -> None:
+        if waiting.peer_id is not None and not waiting.lied:
+            waiting.lied = True
+            self._on_lie(waiting.peer_id, error)
+
+    def _receive(self, waiting: _Waiting, frame: Frame[ResponseHeader]) -> P2PMoEError | None:
         """Give a call its result. An error without a call's id is returned: it ends the exchange for the rest."""
         call = waiting.get(frame.header.id)
         try:
@@ -314,7 +359,7 @@ class Dispatcher:
                 self._finish(waiting, call, frame.tensors)
         return None
 
-    def _finish(self, waiting: dict[str, Call], call: Call, result: Flat | P2PMoEError) -> None:
+    def _finish(self, waiting: _Waiting, call: Call, result: Flat | P2PMoEError) -> None:
         if waiting.pop(call.id, None) is not None:
             self.unanswered -= 1
         if call.group is not None:

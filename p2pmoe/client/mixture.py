@@ -1,7 +1,8 @@
 """A mixture-of-experts layer whose experts live in the swarm.
 
-The way of a batch: gate, beam-search, group rows by expert and experts by node, one exchange a node, mix what came
-back. Knows nothing of sockets. Shapes: B rows, D features, K experts a row, P (row, expert) pairs, O output features.
+The way of a batch: gate, beam-search, group rows by expert and experts by node, one exchange a node
+(`mixture_pass.py`), mix what came back. Knows nothing of sockets.
+Shapes: B rows, D features, K experts a row, P (row, expert) pairs, O output features.
 """
 
 from __future__ import annotations
@@ -14,42 +15,23 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from p2pmoe.client.beam_search import BeamSearch, Found, MaskCache, read_within
 from p2pmoe.client.directory import ExpertInfo
-from p2pmoe.client.exchange import Call, CallGroup, make_call
+from p2pmoe.client.exchange import CallGroup
 from p2pmoe.client.gating import ProductKeyGating, masked_softmax
-from p2pmoe.client.remote_expert import always_differentiable, check_arguments, fill_gradients, keep_outputs
-from p2pmoe.client.routing import Routing, route
+from p2pmoe.client.mixture_pass import MixtureOptions, MixturePasses, Route
+from p2pmoe.client.remote_expert import check_arguments
+from p2pmoe.client.routing import route
 from p2pmoe.client.swarm import Swarm
-from p2pmoe.errors import DecodeError, ExpertNotFoundError, ExpertsUnavailableError, P2PMoEError, SchemaError
-from p2pmoe.experts.directory import Provider
+from p2pmoe.errors import ExpertNotFoundError, P2PMoEError, SchemaError
 from p2pmoe.experts.uid import parse_uid, prefix_of
 from p2pmoe.protocol.nested import nested_map, nested_pack
-from p2pmoe.protocol.schema import BatchTensorProto, format_schema
+from p2pmoe.protocol.schema import format_schema
 from p2pmoe.rpc.base import Flat
-from p2pmoe.types import Pass
 
 T = TypeVar("T")
-_SHOWN_ROWS = 8
 _ATTEMPTS = 3  # searches for one forward pass, each without the peers that were silent before
-
-
-@dataclass(frozen=True, slots=True)
-class MixtureOptions:
-    """How a mixture treats experts that are slow, dead or wrong; times in seconds."""
-
-    k_best: int
-    k_min: int
-    backward_k_min: int
-    forward_timeout_s: float
-    backward_timeout_s: float
-    timeout_after_k_min_s: float | None
-    detect_anomalies: bool
-    allow_zero_outputs: bool
-    beam_size: int
-    search_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +42,6 @@ class Batch:
     inputs: Flat
     gating_input: torch.Tensor
     lead: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where every pair goes: rows grouped by expert, and a provider for each expert (None: nobody fits)."""
-
-    routing: Routing
-    uids: list[str]
-    providers: list[Provider | None]
-    info: ExpertInfo
-    rows: int
 
 
 Step = CallGroup | Coroutine[Any, Any, Any]
@@ -91,7 +62,8 @@ class RemoteMixtureOfExperts(nn.Module):
         forward_timeout_s, backward_timeout_s: how long one pass may take in all.
         timeout_after_k_min_s: None waits for all k_best until the timeout.
         backward_k_min: experts a row whose backward pass must succeed, of those that answered forward.
-        detect_anomalies: treat non-finite answers as failures, and refuse non-finite inputs.
+        detect_anomalies: refuse non-finite inputs, and treat every non-finite answer as a failure. Without it an
+            answer counts as a failure unless non-finite inputs or gradients of the caller's own explain it.
         allow_zero_outputs: rows with fewer than k_min answers are mixed from what there is, zeros if nothing;
             otherwise they raise.
         beam_size: how many prefixes a row the search follows; at least k_best.
@@ -146,6 +118,7 @@ class RemoteMixtureOfExperts(nn.Module):
             beam_size=max(k_best, beam_size or max(2 * k_best, 8)),
             search_timeout_s=search_timeout_s,
         )
+        self._passes = MixturePasses(swarm, self.options)
         self._masks = MaskCache()
         self._info: ExpertInfo | None = None
 
@@ -208,19 +181,20 @@ class RemoteMixtureOfExperts(nn.Module):
             sorted_inputs = tuple(
                 tensor.index_select(0, way.routing.rows_P.to(tensor.device)) for tensor in batch.inputs
             )
-            group, sent = self._forward_group(way, sorted_inputs, found.valid, _left(deadline))
+            group, sent = self._passes.forward_group(way, sorted_inputs, found.valid, _left(deadline))
             if sent:
                 yield group
-            results = self._collect(way, group, sent, self.options.forward_timeout_s)
-            alive = self._alive(way, results, found.valid)
-            short = self._short_rows(alive)
+            results = self._passes.collect(way, group, sent, self.options.forward_timeout_s, sorted_inputs)
+            self._passes.offer(way, sent, sorted_inputs, results)
+            alive = self._passes.alive(way, results, found.valid)
+            short = self._passes.short_rows(alive)
             if not short:
                 break
             # A peer that did not answer is left out of the next search, so other experts may step in.
             lost = any(isinstance(result, P2PMoEError) for result in results)
             if attempt + 1 == _ATTEMPTS or not lost or time.monotonic() >= deadline:
-                raise self._unavailable("forward", short, results)
-        outputs = self._attach(way, results, sorted_inputs)
+                raise self._passes.unavailable("forward", short, results)
+        outputs = self._passes.attach(way, results, sorted_inputs)
         weights = self._weights(scores, found.coordinates.to(x.device), alive.to(x.device))
         return self._finish(self._mix(batch, way, outputs, weights), scores, found.coordinates.to(x.device))
 
@@ -306,105 +280,13 @@ class RemoteMixtureOfExperts(nn.Module):
 
     def _route(self, info: ExpertInfo, found: Found) -> Route:
         routing = route(found.coordinates, found.valid, self.grid_size)
+        order = self.swarm.trust.order
+        candidates = [order(found.providers(self.uid_prefix, expert)) for expert in routing.experts]
         providers = [
-            next(
-                (each for each in found.providers(self.uid_prefix, expert) if each.schema_digest == info.schema_digest),
-                None,
-            )
-            for expert in routing.experts
+            next((each for each in among if each.schema_digest == info.schema_digest), None) for among in candidates
         ]
         uids = [prefix_of(self.uid_prefix, expert)[:-1] for expert in routing.experts]
         return Route(routing, uids, providers, info, len(found.valid))
-
-    def _forward_group(
-        self, way: Route, inputs: Flat, valid: torch.Tensor, timeout_s: float
-    ) -> tuple[CallGroup, list[int]]:
-        info = way.info
-        sent = [index for index, provider in enumerate(way.providers) if provider is not None]
-        calls = [self._call(way, index, "forward", inputs, info.inputs, info.outputs, timeout_s) for index in sent]
-        enough = _Enough(way, sent, valid.sum(1).clamp(max=self.options.k_min))
-        return CallGroup(calls, enough=enough, grace_s=self.options.timeout_after_k_min_s), sent
-
-    def _call(
-        self,
-        way: Route,
-        index: int,
-        direction: Pass,
-        tensors: Flat,
-        protos: tuple[BatchTensorProto, ...],
-        expected: tuple[BatchTensorProto, ...],
-        timeout_s: float,
-    ) -> Call:
-        provider = way.providers[index]
-        assert provider is not None
-        start, end = way.routing.bounds[index]
-        rows = [tensor[start:end] for tensor in tensors]
-        return make_call(provider.endpoint, way.uids[index], direction, rows, protos, expected, timeout_s=timeout_s)
-
-    def _collect(self, way: Route, group: CallGroup, sent: list[int], timeout_s: float) -> list[Flat | P2PMoEError]:
-        """A result for every expert of the route."""
-        results: list[Flat | P2PMoEError] = [
-            ExpertNotFoundError(f"nobody hosts {uid} with this schema") for uid in way.uids
-        ]
-        answers = group.results(timeout_s)
-        alive = {
-            provider.peer_id
-            for index, result in zip(sent, answers, strict=True)
-            if (provider := way.providers[index]) is not None and not isinstance(result, P2PMoEError)
-        }
-        for index, result in zip(sent, answers, strict=True):
-            checked = results[index] = self._checked(way.uids[index], result)
-            provider = way.providers[index]
-            # One slow expert is no reason to leave out a peer that has answered for others.
-            if isinstance(checked, P2PMoEError) and provider is not None and provider.peer_id not in alive:
-                self.swarm.note_failure(provider, checked)
-        return results
-
-    def _checked(self, uid: str, result: Flat | P2PMoEError) -> Flat | P2PMoEError:
-        if not self.options.detect_anomalies or isinstance(result, P2PMoEError):
-            return result
-        if all(bool(tensor.isfinite().all()) for tensor in result if tensor.is_floating_point()):
-            return result
-        return DecodeError(f"{uid} answered non-finite values")
-
-    @staticmethod
-    def _alive(way: Route, results: list[Flat | P2PMoEError], valid: torch.Tensor) -> torch.Tensor:
-        """Bool [B, K]: whose answer came."""
-        alive = torch.zeros_like(valid)
-        for (start, end), result in zip(way.routing.bounds, results, strict=True):
-            if not isinstance(result, P2PMoEError):
-                alive[way.routing.rows_P[start:end], way.routing.slots_P[start:end]] = True
-        return alive
-
-    def _short_rows(self, alive: torch.Tensor) -> list[int]:
-        if self.options.allow_zero_outputs:
-            return []
-        short: list[int] = (alive.sum(1) < max(1, self.options.k_min)).nonzero().flatten().tolist()
-        return short
-
-    def _unavailable(
-        self, direction: Pass, rows: Sequence[int], results: Sequence[Flat | P2PMoEError]
-    ) -> ExpertsUnavailableError:
-        shown = ", ".join(map(str, rows[:_SHOWN_ROWS])) + (", …" if len(rows) > _SHOWN_ROWS else "")
-        reason = next(
-            (str(result) for result in results if isinstance(result, P2PMoEError)), "too few experts are alive"
-        )
-        k_min = max(1, self.options.k_min) if direction == "forward" else self.options.backward_k_min
-        return ExpertsUnavailableError(
-            f"{direction}: fewer than {k_min} experts answered for {len(rows)} rows ({shown}): {reason}", tuple(rows)
-        )
-
-    def _attach(self, way: Route, results: list[Flat | P2PMoEError], inputs: Flat) -> Flat:
-        """Outputs [P, O] of every pair, zeros where nobody answered, in the autograd graph of the inputs."""
-        device = inputs[0].device
-        outputs = _join(results, way.routing.bounds, way.info.outputs, device)
-        if not torch.is_grad_enabled():
-            return outputs
-        answered = [index for index, result in enumerate(results) if not isinstance(result, P2PMoEError)]
-        attached: Flat = _RemoteMix.apply(  # type: ignore[no-untyped-call]
-            always_differentiable(), self, way, answered, outputs, *inputs
-        )
-        return attached
 
     def _mix(self, batch: Batch, way: Route, outputs: Flat, weights: torch.Tensor) -> Any:
         """Weighted sums over each row's pairs, in the shape that the input had."""
@@ -417,100 +299,7 @@ class RemoteMixtureOfExperts(nn.Module):
             mixed.append(total.index_add(0, rows_P, weighted).view(*batch.lead, *output.shape[1:]))
         return batch.info.pack_outputs(mixed)
 
-    # -- backward
-
-    def backward_pass(self, way: Route, answered: list[int], inputs: Flat, gradients: Flat) -> Flat:
-        """Gradients [P, …] of every input; trains each expert that answered. Zeros where nobody did."""
-        info, timeout_s = way.info, self.options.backward_timeout_s
-        calls = [
-            self._call(
-                way, index, "backward", (*inputs, *gradients), info.inputs + info.outputs, info.inputs, timeout_s
-            )
-            for index in answered
-        ]
-        needed = _count_rows(way, answered).clamp(max=self.options.backward_k_min)
-        enough = _Enough(way, answered, needed)
-        group = CallGroup(calls, enough=enough, grace_s=self.options.timeout_after_k_min_s)
-        if calls:
-            self.swarm.call(group, timeout_s)
-        results = self._collect(way, group, answered, timeout_s)
-        trained = [index for index in answered if not isinstance(results[index], P2PMoEError)]
-        short = (_count_rows(way, trained) < needed).nonzero().flatten().tolist()
-        if short:
-            raise self._unavailable("backward", short, [results[index] for index in answered])
-        return _join(results, way.routing.bounds, info.inputs, inputs[0].device)
-
-
-class _RemoteMix(torch.autograd.Function):
-    """Puts the pairs' outputs into the autograd graph; backward is one more pass over the same experts."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: torch.Tensor,
-        mixture: RemoteMixtureOfExperts,
-        way: Route,
-        answered: list[int],
-        outputs: Flat,
-        *inputs: torch.Tensor,
-    ) -> Flat:
-        ctx.mixture, ctx.way, ctx.answered = mixture, way, answered
-        ctx.save_for_backward(*inputs)
-        return keep_outputs(ctx, outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        filled = fill_gradients(ctx, gradients)
-        results = ctx.mixture.backward_pass(ctx.way, ctx.answered, ctx.saved_tensors, filled)
-        needed = ctx.needs_input_grad[5:]
-        return (
-            None,
-            None,
-            None,
-            None,
-            None,
-            *(each if need else None for each, need in zip(results, needed, strict=True)),
-        )
-
-
-class _Enough:
-    """True once every row has as many answers as it needs. Called on the swarm's loop."""
-
-    def __init__(self, way: Route, sent: list[int], needed: torch.Tensor) -> None:
-        self._rows = [way.routing.rows_P[slice(*way.routing.bounds[index])] for index in sent]
-        self._missing = needed.clone()
-
-    def __call__(self, position: int) -> bool:
-        self._missing[self._rows[position]] -= 1
-        return not bool((self._missing > 0).any())
-
 
 def _left(deadline: float) -> float:
     """Seconds until then, never quite none."""
     return max(1e-3, deadline - time.monotonic())
-
-
-def _count_rows(way: Route, experts: Sequence[int]) -> torch.Tensor:
-    """int64 [B]: how many of these experts each row went to."""
-    counts = torch.zeros(way.rows, dtype=torch.int64)
-    for index in experts:
-        counts[way.routing.rows_P[slice(*way.routing.bounds[index])]] += 1
-    return counts
-
-
-def _join(
-    results: Sequence[Flat | P2PMoEError],
-    bounds: Sequence[tuple[int, int]],
-    protos: tuple[BatchTensorProto, ...],
-    device: torch.device,
-) -> Flat:
-    """One tensor [P, …] for each proto; zeros for experts that did not answer."""
-    joined = []
-    for position, proto in enumerate(protos):
-        parts = [
-            proto.make_zeros(end - start) if isinstance(result, P2PMoEError) else result[position]
-            for (start, end), result in zip(bounds, results, strict=True)
-        ]
-        joined.append((torch.cat(parts) if parts else proto.make_zeros(0)).to(device))
-    return tuple(joined)

@@ -18,9 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.exchange import CallGroup, make_call
+from p2pmoe.client.replies import check_finite, check_finite_async
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import (
     DeadlineError,
+    DecodeError,
     DrainingError,
     ExpertNotFoundError,
     OverloadedError,
@@ -37,7 +39,7 @@ from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tenso
 from p2pmoe.rpc.base import Flat
 from p2pmoe.types import Pass
 
-_TRY_ANOTHER = (PeerUnreachableError, DrainingError, UnknownExpertError, OverloadedError)
+_TRY_ANOTHER = (PeerUnreachableError, DrainingError, UnknownExpertError, OverloadedError, DecodeError)
 _PAUSE_S = 0.2  # before the round of providers is tried again
 
 
@@ -61,6 +63,8 @@ class RemoteExpert(nn.Module):
         SchemaError: the arguments do not fit the expert's schema; nothing was sent.
         ExpertNotFoundError, PeerUnreachableError, DeadlineError: nobody answered.
         CallError: the node refused or failed; see `p2pmoe.errors`.
+        DecodeError: every node that was asked answered something else than the schema says, or NaN where that does
+            not come from the arguments (`NonFiniteReplyError`).
     """
 
     def __init__(
@@ -146,7 +150,10 @@ class RemoteExpert(nn.Module):
         group = self._group(provider, direction, tensors, protos, expected, timeout_s, call_id)
         self.swarm.call(group, timeout_s)
         result = group.results(timeout_s)[0]
+        if self.swarm.check_finite and not isinstance(result, P2PMoEError):
+            result = check_finite(self._at(provider), result, tensors, expected) or result
         if not isinstance(result, P2PMoEError):
+            self._offer(direction, provider, tensors, result)
             return result
         left_s = timeout_s - (time.monotonic() - started)
         if not isinstance(result, _TRY_ANOTHER) or left_s <= 0:
@@ -191,18 +198,25 @@ class RemoteExpert(nn.Module):
         call_id = call_id or new_call_id()
         last = failed.error if failed else None
         asked_again = set[Provider]()
+        lied = {failed.provider} if failed and isinstance(last, DecodeError) else set[Provider]()
         to_ask = deque([failed.provider] if failed and isinstance(last, PeerUnreachableError) else [])
         asked_again.update(to_ask)
         while True:
-            to_ask.extend(each for each in await self._find_providers(last) if each not in to_ask)
+            found = await self._find_providers(last)
+            to_ask.extend(each for each in found if each not in to_ask and each not in lied)
             while to_ask and (left_s := deadline - time.monotonic()) > 0:
                 provider = to_ask.popleft()
                 group = self._group(provider, direction, tensors, protos, expected, left_s, call_id)
                 await self.swarm.call_async(group, left_s)
                 result = group.results(left_s)[0]
+                if self.swarm.check_finite and not isinstance(result, P2PMoEError):
+                    result = await check_finite_async(self._at(provider), result, tensors, expected) or result
                 if not isinstance(result, P2PMoEError):
+                    self._offer(direction, provider, tensors, result)
                     return result
                 last = result
+                if isinstance(result, DecodeError):
+                    lied.add(provider)
                 if isinstance(result, PeerUnreachableError) and provider not in asked_again:
                     asked_again.add(provider)
                     to_ask.appendleft(provider)
@@ -225,8 +239,17 @@ class RemoteExpert(nn.Module):
 
     def _cached_provider(self) -> Provider | None:
         children = self.swarm.directory.cached_prefix(self._prefix)
-        providers = children.get(self._suffix) if children else None
+        providers = self.swarm.trust.order(children.get(self._suffix, ())) if children else ()
         return providers[0] if providers else None
+
+    def _at(self, provider: Provider) -> str:
+        return f"{self.uid} at {provider.endpoint}"
+
+    def _offer(self, direction: Pass, provider: Provider, inputs: Flat, outputs: Flat) -> None:
+        """A call went through; the swarm may have it repeated by somebody else."""
+        verifier = self.swarm.verifier
+        if verifier is not None and direction == "forward" and self._info is not None:
+            verifier.offer(provider, self.uid, self._info, inputs, outputs)
 
     def _group(
         self,
@@ -239,7 +262,15 @@ class RemoteExpert(nn.Module):
         call_id: str,
     ) -> CallGroup:
         call = make_call(
-            provider.endpoint, self.uid, direction, tensors, protos, expected, timeout_s=timeout_s, call_id=call_id
+            provider.endpoint,
+            self.uid,
+            direction,
+            tensors,
+            protos,
+            expected,
+            timeout_s=timeout_s,
+            call_id=call_id,
+            peer_id=provider.peer_id,
         )
         return CallGroup([call])
 

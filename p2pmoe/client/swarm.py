@@ -14,28 +14,28 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from p2pmoe.client.directory import Directory, ExpertInfo
 from p2pmoe.client.exchange import CallGroup, Dispatcher
+from p2pmoe.client.trust import Trust
+from p2pmoe.client.verification import Verifier, VerifyOptions
 from p2pmoe.config import DHTConfig
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.errors import (
     ClosedError,
     DeadlineError,
-    DrainingError,
+    DecodeError,
     ExpertNotFoundError,
     P2PMoEError,
-    PeerUnreachableError,
 )
 from p2pmoe.experts.directory import ExpertDirectory, ExpertRecord, Provider
 from p2pmoe.experts.uid import parse_uid
 from p2pmoe.identity import Identity
 from p2pmoe.rpc.base import Transport
 from p2pmoe.rpc.http.client import HttpTransport
-from p2pmoe.types import WIRE_VERSION
+from p2pmoe.types import WIRE_VERSION, PeerId
 
 if TYPE_CHECKING:
     from p2pmoe.client.remote_expert import RemoteExpert
 
 T = TypeVar("T")
-UNREACHABLE_S = 5.0  # how long a peer that did not answer is left out of searches; the next failure renews it
 
 
 class Swarm:
@@ -49,8 +49,14 @@ class Swarm:
         swarm_id: which swarm's records to read.
         directory, transport: replace the DHT and HTTP, e.g. by `StaticDirectory` and `MemoryTransport` in tests.
         timeout_s: how long finding experts may take.
+        check_finite: refuse replies with NaN or infinite values; turn it off for experts that give such on purpose.
+        verify_fraction: the share of forward calls that a second provider of the same expert is asked as well, in the
+            background; one whose answers differ loses standing. For providers that hold the same parameters.
+        verify_rtol, verify_atol: how far answers may differ: by atol + rtol × the largest magnitude of the row.
+        verify_seed: decides which calls; None is unpredictable.
 
     Raises:
+        ConfigError: a verify option is out of range.
         BootstrapError: none of the initial peers answered (from `start`).
     """
 
@@ -64,13 +70,23 @@ class Swarm:
         directory: Directory | None = None,
         transport: Transport | None = None,
         timeout_s: float = 10.0,
+        check_finite: bool = True,
+        verify_fraction: float = 0.0,
+        verify_rtol: float = 1e-2,
+        verify_atol: float = 1e-4,
+        verify_seed: int | None = None,
     ) -> None:
+        self._verify_options = VerifyOptions(verify_fraction, verify_rtol, verify_atol, verify_seed)
+        self.check_finite = check_finite
         self._dht: DHTNode | None = None
         if directory is None:
             config = dht_config or DHTConfig(initial_peers=tuple(initial_peers), swarm_id=swarm_id)
             self._dht = DHTNode(identity or Identity.generate(), config, client_mode=True)
             directory = ExpertDirectory(self._dht)
         self.directory: Directory = directory
+        self.trust = Trust(directory)
+        self.verifier: Verifier | None = None
+        """Only where `verify_fraction` is above 0, and from `start` on."""
         self.timeout_s = timeout_s
         self._transport = transport
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -95,7 +111,10 @@ class Swarm:
             self._thread = threading.Thread(target=self._loop.run_forever, name="p2pmoe-swarm", daemon=True)
             self._thread.start()
             self._transport = self._transport or HttpTransport()
-            self._dispatcher = Dispatcher(self._transport, self._loop)
+            self._dispatcher = Dispatcher(self._transport, self._loop, self._note_broken_reply)
+            if self._verify_options.fraction:
+                find, ask = self.find_providers, self.call_async
+                self.verifier = Verifier(self._verify_options, self.trust, find, ask, self._loop)
 
     def close(self) -> None:
         """End running calls, leave the DHT, stop the thread. Safe to call twice."""
@@ -149,11 +168,13 @@ class Swarm:
         return await self.run_async(self.directory.find_experts(pattern))
 
     async def find_providers(self, uid: str) -> tuple[Provider, ...]:
-        """Live providers of a uid. Raises ExpertNotFoundError when there is none. On the swarm's loop."""
-        providers = await self.directory.find_providers(uid)
+        """Live providers of a uid, the most trusted first. Raises ExpertNotFoundError. On the swarm's loop."""
+        providers = self.trust.order(await self.directory.find_providers(uid))
         if not providers:
+            shunned = sum(each.verdict == "shunned" for each in self.trust.standing.snapshot())
             raise ExpertNotFoundError(
-                f"no live provider of {uid} is known; "
+                f"no live provider of {uid} is known"
+                f"{f' ({shunned} peers are not asked for a while because their replies were wrong)' * bool(shunned)}; "
                 f"run `p2pmoe lookup '{uid.rpartition('.')[0]}.*'` to see who is there"
             )
         return providers
@@ -161,7 +182,7 @@ class Swarm:
     async def expert_info(self, uid: str, providers: Sequence[Provider]) -> ExpertInfo:
         """The schemas of an expert, asked once for each digest. On the swarm's loop."""
         last: P2PMoEError | None = None
-        for provider in providers:
+        for provider in self.trust.order(tuple(providers)):
             known = self._infos.get(provider.schema_digest)
             if known is not None:
                 return known
@@ -170,6 +191,8 @@ class Swarm:
                 document = await self.transport.get_json(provider.endpoint, path)
                 info = ExpertInfo.from_json(document, expected_digest=provider.schema_digest)
             except P2PMoEError as error:
+                if isinstance(error, DecodeError):
+                    self.trust.note_lie(provider.peer_id, "broken_reply", str(error))
                 self.note_failure(provider, error)
                 last = error
             else:
@@ -178,9 +201,8 @@ class Swarm:
         raise last or ExpertNotFoundError(f"no live provider of {uid} is known")
 
     def note_failure(self, provider: Provider, error: P2PMoEError) -> None:
-        """A peer that cannot be reached is left out of searches for a while."""
-        if isinstance(error, (PeerUnreachableError, DeadlineError, DrainingError)):
-            self.directory.mark_unreachable(provider.peer_id, UNREACHABLE_S)
+        """A peer that cannot be reached is left out of searches for a while, one that lied loses standing."""
+        self.trust.note_failure(provider, error)
 
     # -- calling
 
@@ -236,7 +258,12 @@ class Swarm:
             raise ClosedError("a blocking call from the swarm's own loop would never end; await the async form")
         return asyncio.run_coroutine_threadsafe(_bounded(coroutine, timeout_s or self.timeout_s), loop)
 
+    def _note_broken_reply(self, peer_id: PeerId, error: DecodeError) -> None:
+        self.trust.note_lie(peer_id, "broken_reply", str(error))
+
     async def _close(self) -> None:
+        if self.verifier is not None:
+            await self.verifier.close()
         if self._dispatcher is not None:
             await self._dispatcher.close()
         if self._transport is not None:

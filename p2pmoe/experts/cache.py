@@ -78,8 +78,8 @@ class ChildrenCache:
                 self._entries.pop(prefix, None)
 
     def mark_unreachable(self, peer_id: PeerId, for_s: float) -> None:
-        until = self._clock() + for_s
         with self._lock:
+            until = max(self._clock() + for_s, self._unreachable.get(peer_id, 0.0))
             if len(self._unreachable) >= MAX_UNREACHABLE and peer_id not in self._unreachable:
                 soonest = min(self._unreachable, key=self._unreachable.__getitem__)
                 self._unreachable = {peer: at for peer, at in self._unreachable.items() if peer != soonest}

@@ -18,6 +18,7 @@ from p2pmoe.types import WIRE_VERSION
 T = TypeVar("T")
 ShortText = Annotated[str, Meta(max_length=256)]
 Size = Annotated[int, Meta(ge=0, le=2**53)]
+MAX_FOREIGN_TEXT = 4096
 
 
 class TensorParameters(msgspec.Struct, omit_defaults=True, frozen=True):
@@ -93,7 +94,8 @@ class ResponseHeader(msgspec.Struct, omit_defaults=True, frozen=True):
     def raise_for_error(self) -> None:
         """Raises the CallError that an error frame stands for."""
         if self.code != 200:
-            raise call_error(self.code, self.message or "the node gave no reason", self.retry_after_s)
+            message = foreign_text(self.message) or "the node gave no reason"
+            raise call_error(self.code, message, self.retry_after_s)
 
 
 def error_header(call_id: str, model_name: str, error: CallError | DecodeError) -> ResponseHeader:
@@ -105,6 +107,12 @@ def error_header(call_id: str, model_name: str, error: CallError | DecodeError) 
         message=str(error),
         retry_after_s=getattr(error, "retry_after_s", None),
     )
+
+
+def foreign_text(text: str) -> str:
+    """A peer's words, fit for an error message or a log: short, and without what a terminal would obey."""
+    short = text[:MAX_FOREIGN_TEXT]
+    return short if short.isprintable() else "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in short)
 
 
 def new_call_id() -> str:

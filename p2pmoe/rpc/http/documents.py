@@ -13,6 +13,7 @@ from aiohttp import hdrs
 from yarl import URL
 
 from p2pmoe.errors import DecodeError, PeerUnreachableError, call_error
+from p2pmoe.protocol.messages import foreign_text
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 WIRE_VERSION_HEADER: Final = "P2PMoE-Wire-Version"
@@ -106,9 +107,9 @@ async def refusal(response: Response) -> Exception:
     """The CallError for a status that refuses a request as a whole."""
     try:
         document = msgspec.json.decode(await _read_document(response))
-        message = str(document["error"])[:4096]
+        message = foreign_text(str(document["error"]))
     except (ValueError, KeyError, TypeError, RecursionError):
-        message = f"{response.url} answered {response.status} {response.reason}"
+        message = f"{response.url} answered {response.status} {foreign_text(response.reason or '')}"
     retry_after = response.headers.get(hdrs.RETRY_AFTER, "")
     return call_error(
         response.status, message, float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None

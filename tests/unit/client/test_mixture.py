@@ -500,21 +500,31 @@ def test_anomalies_count_as_failures(memory: World) -> None:
     with torch.no_grad():
         module[2].bias[0] = math.nan
     x = torch.randn(3, D, requires_grad=True)
-    assert not memory.mixture(k_best=4)(x).isfinite().all()
-    moe = memory.mixture(k_best=4, detect_anomalies=True)
-    y = moe(x)
-    alive = {uid: each for uid, each in local_experts(memory).items() if uid != "ffn.0.0"}
-    torch.testing.assert_close(y, reference(moe, alive, x))
-    y.sum().backward()
-    assert x.grad.isfinite().all()
+    for moe in (memory.mixture(k_best=4), memory.mixture(k_best=4, detect_anomalies=True)):
+        alive = {uid: each for uid, each in local_experts(memory).items() if uid != "ffn.0.0"}
+        y = moe(x)
+        torch.testing.assert_close(y, reference(moe, alive, x))
+        y.sum().backward()
+        assert x.grad.isfinite().all()
     bad = x.detach().clone()
     bad[1, 1] = math.inf
     with pytest.raises(SchemaError, match="non-finite"):
         moe(bad)
 
 
-def test_anomalies_in_gradients_count_as_failures_too(memory: World) -> None:
-    moe = memory.mixture(k_best=4, detect_anomalies=True)
+def test_ones_own_anomalies_come_back_unless_they_are_refused(memory: World) -> None:
+    x = torch.randn(3, D, requires_grad=True)
+    gradient = torch.ones(3, D)
+    gradient[1, 1] = math.inf
+    memory.mixture(k_best=4)(x).backward(gradient)
+    assert not x.grad[1].isfinite().any()
+    assert x.grad[0].isfinite().all()
+    assert memory.swarm.trust.standing.snapshot() == [], "honest answers"
+
+
+@pytest.mark.parametrize("detect_anomalies", [False, True])
+def test_anomalies_in_gradients_count_as_failures_too(memory: World, detect_anomalies: bool) -> None:
+    moe = memory.mixture(k_best=4, detect_anomalies=detect_anomalies)
     x = torch.randn(3, D, requires_grad=True)
     y = moe(x)
     real = memory.backend("ffn.0.0").backward_pool.process_function

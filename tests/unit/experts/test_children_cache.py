@@ -75,6 +75,14 @@ def test_an_unreachable_peer_is_left_out_of_cached_answers_until_it_returns(cach
     assert cache.get("ffn.") == {1: (ALICE, BOB), 2: (BOB,)}
 
 
+def test_a_shorter_mark_does_not_shorten_a_longer_one(cache, clock):
+    cache.put("ffn.", {1: (ALICE, BOB)})
+    cache.mark_unreachable("bob", 9)
+    cache.mark_unreachable("bob", 2)
+    clock.now = 5
+    assert cache.get("ffn.") == {1: (ALICE,)}
+
+
 def test_unreachable_peers_are_bounded(cache):
     for number in range(MAX_UNREACHABLE + 10):
         cache.mark_unreachable(f"peer-{number}", 5 + number)

@@ -1,0 +1,283 @@
+"""One pass of a mixture over the experts that were chosen: calls out, answers judged, gradients back.
+
+Knows routes, providers and autograd; nothing of gates, searches or how outputs are mixed. Shapes: B rows, K experts a
+row, P (row, expert) pairs, O output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from p2pmoe.client.directory import ExpertInfo
+from p2pmoe.client.exchange import Call, CallGroup, make_call
+from p2pmoe.client.remote_expert import always_differentiable, fill_gradients, keep_outputs
+from p2pmoe.client.replies import check_finite
+from p2pmoe.client.routing import Routing
+from p2pmoe.client.swarm import Swarm
+from p2pmoe.errors import ExpertNotFoundError, ExpertsUnavailableError, NonFiniteReplyError, P2PMoEError
+from p2pmoe.experts.directory import Provider
+from p2pmoe.protocol.schema import BatchTensorProto
+from p2pmoe.rpc.base import Flat
+from p2pmoe.types import Pass, PeerId
+
+_SHOWN_ROWS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOptions:
+    """How a mixture treats experts that are slow, dead or wrong; times in seconds."""
+
+    k_best: int
+    k_min: int
+    backward_k_min: int
+    forward_timeout_s: float
+    backward_timeout_s: float
+    timeout_after_k_min_s: float | None
+    detect_anomalies: bool
+    allow_zero_outputs: bool
+    beam_size: int
+    search_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where every pair goes: rows grouped by expert, and a provider for each expert (None: nobody fits)."""
+
+    routing: Routing
+    uids: list[str]
+    providers: list[Provider | None]
+    info: ExpertInfo
+    rows: int
+
+
+class MixturePasses:
+    """The passes of one mixture. Any thread; holds no state of a pass."""
+
+    def __init__(self, swarm: Swarm, options: MixtureOptions) -> None:
+        self._swarm = swarm
+        self._options = options
+
+    def __repr__(self) -> str:
+        return f"<MixturePasses over {self._swarm}>"
+
+    def forward_group(
+        self, way: Route, inputs: Flat, valid: torch.Tensor, timeout_s: float
+    ) -> tuple[CallGroup, list[int]]:
+        """A call for every expert of the route that somebody hosts, and which ones these are."""
+        info = way.info
+        sent = [index for index, provider in enumerate(way.providers) if provider is not None]
+        calls = [self._call(way, index, "forward", inputs, info.inputs, info.outputs, timeout_s) for index in sent]
+        enough = _Enough(way, sent, valid.sum(1).clamp(max=self._options.k_min))
+        return CallGroup(calls, enough=enough, grace_s=self._options.timeout_after_k_min_s), sent
+
+    def collect(
+        self, way: Route, group: CallGroup, sent: list[int], timeout_s: float, tensors: Flat
+    ) -> list[Flat | P2PMoEError]:
+        """A result for every expert of the route; `tensors` are what its calls were slices of."""
+        results: list[Flat | P2PMoEError] = [
+            ExpertNotFoundError(f"nobody hosts {uid} with this schema") for uid in way.uids
+        ]
+        answers = group.results(timeout_s)
+        alive = {
+            provider.peer_id
+            for index, result in zip(sent, answers, strict=True)
+            if (provider := way.providers[index]) is not None and not isinstance(result, P2PMoEError)
+        }
+        lied = set[PeerId]()
+        for index, call, result in zip(sent, group.calls, answers, strict=True):
+            checked = results[index] = self._checked(way, index, call, result, tensors)
+            provider = way.providers[index]
+            if not isinstance(checked, P2PMoEError) or provider is None:
+                continue
+            # One slow expert is no reason to leave out a peer that has answered for others.
+            silent = provider.peer_id not in alive
+            # A pass is one piece of evidence, however many experts of a node are broken.
+            if silent or (isinstance(checked, NonFiniteReplyError) and provider.peer_id not in lied):
+                self._swarm.note_failure(provider, checked)
+                lied.add(provider.peer_id)
+        return results
+
+    def offer(self, way: Route, sent: list[int], inputs: Flat, results: list[Flat | P2PMoEError]) -> None:
+        """Calls that went through; the swarm may have some repeated by somebody else."""
+        verifier = self._swarm.verifier
+        if verifier is None:
+            return
+        for index in sent:
+            provider, result = way.providers[index], results[index]
+            if provider is not None and not isinstance(result, P2PMoEError):
+                start, end = way.routing.bounds[index]
+                verifier.offer(provider, way.uids[index], way.info, tuple(each[start:end] for each in inputs), result)
+
+    @staticmethod
+    def alive(way: Route, results: list[Flat | P2PMoEError], valid: torch.Tensor) -> torch.Tensor:
+        """Bool [B, K]: whose answer came."""
+        alive = torch.zeros_like(valid)
+        for (start, end), result in zip(way.routing.bounds, results, strict=True):
+            if not isinstance(result, P2PMoEError):
+                alive[way.routing.rows_P[start:end], way.routing.slots_P[start:end]] = True
+        return alive
+
+    def short_rows(self, alive: torch.Tensor) -> list[int]:
+        """Rows with fewer answers than they need, of bool [B, K]."""
+        if self._options.allow_zero_outputs:
+            return []
+        short: list[int] = (alive.sum(1) < max(1, self._options.k_min)).nonzero().flatten().tolist()
+        return short
+
+    def unavailable(
+        self, direction: Pass, rows: Sequence[int], results: Sequence[Flat | P2PMoEError]
+    ) -> ExpertsUnavailableError:
+        """The error that names these rows and one reason."""
+        shown = ", ".join(map(str, rows[:_SHOWN_ROWS])) + (", …" if len(rows) > _SHOWN_ROWS else "")
+        reason = next(
+            (str(result) for result in results if isinstance(result, P2PMoEError)), "too few experts are alive"
+        )
+        k_min = max(1, self._options.k_min) if direction == "forward" else self._options.backward_k_min
+        return ExpertsUnavailableError(
+            f"{direction}: fewer than {k_min} experts answered for {len(rows)} rows ({shown}): {reason}", tuple(rows)
+        )
+
+    def attach(self, way: Route, results: list[Flat | P2PMoEError], inputs: Flat) -> Flat:
+        """Outputs [P, O] of every pair, zeros where nobody answered, in the autograd graph of the inputs."""
+        device = inputs[0].device
+        outputs = _join(results, way.routing.bounds, way.info.outputs, device)
+        if not torch.is_grad_enabled():
+            return outputs
+        answered = [index for index, result in enumerate(results) if not isinstance(result, P2PMoEError)]
+        attached: Flat = _RemoteMix.apply(  # type: ignore[no-untyped-call]
+            always_differentiable(), self, way, answered, outputs, *inputs
+        )
+        return attached
+
+    def backward(self, way: Route, answered: list[int], inputs: Flat, gradients: Flat) -> Flat:
+        """Gradients [P, …] of every input; trains each expert that answered. Zeros where nobody did."""
+        info, timeout_s = way.info, self._options.backward_timeout_s
+        calls = [
+            self._call(
+                way, index, "backward", (*inputs, *gradients), info.inputs + info.outputs, info.inputs, timeout_s
+            )
+            for index in answered
+        ]
+        needed = _count_rows(way, answered).clamp(max=self._options.backward_k_min)
+        enough = _Enough(way, answered, needed)
+        group = CallGroup(calls, enough=enough, grace_s=self._options.timeout_after_k_min_s)
+        if calls:
+            self._swarm.call(group, timeout_s)
+        results = self.collect(way, group, answered, timeout_s, (*inputs, *gradients))
+        trained = [index for index in answered if not isinstance(results[index], P2PMoEError)]
+        short = (_count_rows(way, trained) < needed).nonzero().flatten().tolist()
+        if short:
+            raise self.unavailable("backward", short, [results[index] for index in answered])
+        return _join(results, way.routing.bounds, info.inputs, inputs[0].device)
+
+    # -- private
+
+    def _call(
+        self,
+        way: Route,
+        index: int,
+        direction: Pass,
+        tensors: Flat,
+        protos: tuple[BatchTensorProto, ...],
+        expected: tuple[BatchTensorProto, ...],
+        timeout_s: float,
+    ) -> Call:
+        provider = way.providers[index]
+        assert provider is not None
+        start, end = way.routing.bounds[index]
+        rows = [tensor[start:end] for tensor in tensors]
+        return make_call(
+            provider.endpoint,
+            way.uids[index],
+            direction,
+            rows,
+            protos,
+            expected,
+            timeout_s=timeout_s,
+            peer_id=provider.peer_id,
+        )
+
+    def _checked(
+        self, way: Route, index: int, call: Call, result: Flat | P2PMoEError, tensors: Flat
+    ) -> Flat | P2PMoEError:
+        strict = self._options.detect_anomalies
+        if isinstance(result, P2PMoEError) or not (strict or self._swarm.check_finite):
+            return result
+        start, end = way.routing.bounds[index]
+        sent = [tensor[start:end] for tensor in tensors]
+        return check_finite(f"{call.uid} at {call.endpoint}", result, sent, call.expected, strict=strict) or result
+
+
+class _RemoteMix(torch.autograd.Function):
+    """Puts the pairs' outputs into the autograd graph; backward is one more pass over the same experts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: torch.Tensor,
+        passes: MixturePasses,
+        way: Route,
+        answered: list[int],
+        outputs: Flat,
+        *inputs: torch.Tensor,
+    ) -> Flat:
+        ctx.passes, ctx.way, ctx.answered = passes, way, answered
+        ctx.save_for_backward(*inputs)
+        return keep_outputs(ctx, outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        filled = fill_gradients(ctx, gradients)
+        results = ctx.passes.backward(ctx.way, ctx.answered, ctx.saved_tensors, filled)
+        needed = ctx.needs_input_grad[5:]
+        return (
+            None,
+            None,
+            None,
+            None,
+            None,
+            *(each if need else None for each, need in zip(results, needed, strict=True)),
+        )
+
+
+class _Enough:
+    """True once every row has as many answers as it needs. Called on the swarm's loop."""
+
+    def __init__(self, way: Route, sent: list[int], needed: torch.Tensor) -> None:
+        self._rows = [way.routing.rows_P[slice(*way.routing.bounds[index])] for index in sent]
+        self._missing = needed.clone()
+
+    def __call__(self, position: int) -> bool:
+        self._missing[self._rows[position]] -= 1
+        return not bool((self._missing > 0).any())
+
+
+def _count_rows(way: Route, experts: Sequence[int]) -> torch.Tensor:
+    """int64 [B]: how many of these experts each row went to."""
+    counts = torch.zeros(way.rows, dtype=torch.int64)
+    for index in experts:
+        counts[way.routing.rows_P[slice(*way.routing.bounds[index])]] += 1
+    return counts
+
+
+def _join(
+    results: Sequence[Flat | P2PMoEError],
+    bounds: Sequence[tuple[int, int]],
+    protos: tuple[BatchTensorProto, ...],
+    device: torch.device,
+) -> Flat:
+    """One tensor [P, …] for each proto; zeros for experts that did not answer."""
+    joined = []
+    for position, proto in enumerate(protos):
+        parts = [
+            proto.make_zeros(end - start) if isinstance(result, P2PMoEError) else result[position]
+            for (start, end), result in zip(bounds, results, strict=True)
+        ]
+        joined.append((torch.cat(parts) if parts else proto.make_zeros(0)).to(device))
+    return tuple(joined)

@@ -1,0 +1,86 @@
+"""What follows from a peer's failure or lie: who is left out of searches, for how long, and who is asked first.
+
+Joins the table of evidence (`standing.py`) with the directory, which leaves peers out of its answers, and with the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from p2pmoe.client.directory import Directory
+from p2pmoe.client.standing import Evidence, Standing
+from p2pmoe.errors import DeadlineError, DrainingError, NonFiniteReplyError, P2PMoEError, PeerUnreachableError
+from p2pmoe.experts.directory import Provider
+from p2pmoe.types import PeerId
+
+log = logging.getLogger(__name__)
+
+UNREACHABLE_S: Final = 5.0
+"""How long a peer that did not answer is left out of searches; the next failure renews it."""
+LOG_EVERY_S: Final = 10.0
+
+
+class Trust:
+    """One for each swarm. Any thread."""
+
+    def __init__(self, directory: Directory, clock: Callable[[], float] = time.monotonic) -> None:
+        self.standing = Standing(clock)
+        self._directory = directory
+        self._clock = clock
+        self._logged_at = float("-inf")
+        self._unlogged = 0
+
+    def __repr__(self) -> str:
+        return f"<Trust: {self.standing}>"
+
+    def order(self, providers: tuple[Provider, ...]) -> tuple[Provider, ...]:
+        """In which order providers are to be asked; those that are shunned are left out."""
+        return self.standing.order(providers)
+
+    def note_failure(self, provider: Provider, error: P2PMoEError) -> None:
+        """A call failed. A silent peer is left out of searches for a while; one that lied loses standing.
+
+        Replies that break the wire format or the schema are noted where they are read, once for each exchange.
+        """
+        if isinstance(error, (PeerUnreachableError, DeadlineError, DrainingError)):
+            self._directory.mark_unreachable(provider.peer_id, UNREACHABLE_S)
+        elif isinstance(error, NonFiniteReplyError) and error.is_evidence:
+            self.note_lie(provider.peer_id, "non_finite", str(error))
+
+    def note_lie(self, peer_id: PeerId, evidence: Evidence, reason: str) -> None:
+        """A peer answered what it must not."""
+        was_shunned = self.standing.verdict(peer_id) == "shunned"
+        self.standing.note(peer_id, evidence)
+        self._leave_out(peer_id, reason, was_shunned=was_shunned)
+
+    def note_contradiction(self, first: PeerId, second: PeerId, reason: str) -> None:
+        """Two peers answered the same question differently; nobody knows who is right."""
+        were_shunned = {each: self.standing.verdict(each) == "shunned" for each in (first, second)}
+        self.standing.note_contradiction(first, second)
+        for peer_id, was_shunned in were_shunned.items():
+            self._leave_out(peer_id, reason, was_shunned=was_shunned)
+
+    def pardon(self, peer_id: PeerId) -> None:
+        """Hold nothing against a peer any more and let it back into searches."""
+        self.standing.forget(peer_id)
+        self._directory.mark_reachable(peer_id)
+
+    def _leave_out(self, peer_id: PeerId, reason: str, *, was_shunned: bool) -> None:
+        shunned_for_s = self.standing.shunned_for_s(peer_id)
+        if not shunned_for_s:
+            return
+        self._directory.mark_unreachable(peer_id, shunned_for_s)
+        if not was_shunned:
+            self._log(peer_id, shunned_for_s, reason)
+
+    def _log(self, peer_id: PeerId, shunned_for_s: float, reason: str) -> None:
+        now = self._clock()
+        if now - self._logged_at < LOG_EVERY_S:  # one line, however many nodes lie
+            self._unlogged += 1
+            return
+        self._logged_at, unlogged, self._unlogged = now, self._unlogged, 0
+        more = f" ({unlogged} more since the last line)" if unlogged else ""
+        log.warning("%s is not asked for %.0f s, its replies are wrong%s: %s", peer_id, shunned_for_s, more, reason)
