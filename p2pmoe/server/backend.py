@@ -159,7 +159,8 @@ class ExpertBackend(nn.Module):
 
     def _set_gradients_aside(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """What an `apply_gradients` that steps only now and then has gathered: a bad pass must not spoil it."""
-        gathered = [(each, each.grad) for each in self.expert.parameters() if each.grad is not None]
+        parameters = [each for group in self.opt.param_groups for each in group["params"]]
+        gathered = [(each, each.grad) for each in parameters if each.grad is not None]
         for parameter, _ in gathered:
             parameter.grad = None
         return gathered

@@ -27,7 +27,7 @@ class KeptBuffers:
     """Copies of a module's buffers as they were when they were last known to be good."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = list(module.modules())
+        self._buffers = [each._buffers for each in module.modules()]  # noqa: SLF001
         self._kept: dict[tuple[int, str], _Kept] = {}
         self.keep()
 
@@ -38,22 +38,21 @@ class KeptBuffers:
         """Whether what may have been written since `keep` holds neither NaN nor infinity."""
         return all(is_finite(buffer) for _, buffer in self._touched())
 
-    @torch.no_grad()
     def keep(self) -> None:
         """The buffers are good as they are now."""
         for key, buffer in self._touched():
             kept = self._kept.get(key)
             if kept is not None and kept.tensor is buffer:
-                kept.copy.copy_(buffer)
+                kept.copy.copy_(buffer.detach())
                 kept.version = buffer._version  # noqa: SLF001
             else:
-                self._kept[key] = _Kept(buffer, buffer._version, buffer.clone())  # noqa: SLF001
+                self._kept[key] = _Kept(buffer, buffer._version, buffer.detach().clone())  # noqa: SLF001
 
     @torch.no_grad()
     def put_back(self) -> None:
         """As they were at the last `keep`: values, and which tensors they are."""
         for (index, name), buffer in self._touched():
-            buffers, kept = self._modules[index]._buffers, self._kept.get((index, name))  # noqa: SLF001
+            buffers, kept = self._buffers[index], self._kept.get((index, name))
             if kept is None:
                 del buffers[name]
                 continue
@@ -64,10 +63,12 @@ class KeptBuffers:
 
     def _touched(self) -> list[tuple[tuple[int, str], torch.Tensor]]:
         """Buffers that a pass may have written, replaced or added."""
+        if not any(self._buffers):
+            return []
         return [
             ((index, name), buffer)
-            for index, module in enumerate(self._modules)
-            for name, buffer in module._buffers.items()  # noqa: SLF001
+            for index, buffers in enumerate(self._buffers)
+            for name, buffer in buffers.items()
             if buffer is not None and self._may_differ(self._kept.get((index, name)), buffer)
         ]
 

@@ -35,15 +35,16 @@ def quick_norm(tensor: torch.Tensor) -> float:
 
     Not finite also when squares overflow (float32: values over 1e19): ask `exact_norm` then.
     """
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype is torch.float32 or tensor.dtype is torch.float64:
+        if _DOT_FROM <= tensor.numel() < _DOT_LIMIT and tensor.is_contiguous():
+            flat = tensor.view(-1)
+            return math.sqrt(torch.dot(flat, flat).item())
+        return float(torch.linalg.vector_norm(tensor).item())
     if tensor.dtype.is_complex:
-        tensor = torch.view_as_real(tensor)
-    if tensor.dtype not in (torch.float32, torch.float64):
-        return float(torch.linalg.vector_norm(tensor, dtype=torch.float32).item())
-    if _DOT_FROM <= tensor.numel() < _DOT_LIMIT and tensor.is_contiguous():
-        flat = tensor.view(-1)
-        return math.sqrt(torch.dot(flat, flat).item())
-    return float(torch.linalg.vector_norm(tensor).item())
+        return quick_norm(torch.view_as_real(tensor))
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float32).item())
 
 
 def exact_norm(tensor: torch.Tensor) -> float:
