@@ -94,7 +94,9 @@ def split_by_magnitude(magnitudes: Sequence[float]) -> tuple[list[int], list[int
     if high - low > math.log(2.0):
         bound = (low + high) / 2
         mild = [index for index, each in enumerate(logs) if each <= bound]
-        return mild, [index for index, each in enumerate(logs) if each > bound]
+        extreme = [index for index, each in enumerate(logs) if not each <= bound]
+        if mild and extreme:  # infinities would leave one of them empty, and its caller without an end
+            return mild, extreme
     half = len(magnitudes) // 2
     return list(range(half)), list(range(half, len(magnitudes)))
 

@@ -335,6 +335,16 @@ def test_a_backward_of_the_users_own_is_screened_and_its_optimizer_guarded() -> 
     check_finite(backend)
 
 
+def test_a_backward_of_the_users_own_cannot_spoil_buffers_either() -> None:
+    module = Normalised()
+    backend = Own("ffn.0", module, torch.optim.SGD(module.parameters(), lr=0.1), args_schema=(BatchTensorProto(4),))
+    guarded(backend)
+    x, gradient = honest_call(backend, "backward", 1)
+    (result,) = run_together(backend, "backward", [(x * 1e20, gradient)])
+    assert not isinstance(result, CallError), "the outputs and the step were finite; only the running variance was not"
+    check_finite(backend)
+
+
 # ------------------------------------------------------------------------------------------------ the property
 
 extremes = st.sampled_from([NAN, INF, -INF, MAX, -MAX, 1e30, -1e30, 1e20, 1e12, 1e-45, -1e-45, 1e-38, 0.0, -0.0, 1.0])
