@@ -110,6 +110,19 @@ class OptimizerConfig(Section, frozen=True):
     min_lr_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.0
 
 
+class GateConfig(Section, frozen=True):
+    """`[gate]`: which calls may not reach an expert."""
+
+    enabled: bool = True
+    """Refuse calls that hold NaN or infinity, fail those whose results do, and let their neighbours go on.
+    Without it the optimizers' parameters still stay finite, but one bad call fails its whole batch."""
+    outlier_factor: Annotated[float, Meta(gt=1)] | None = 1000.0
+    """Refuse gradients whose root mean square over the rows is more than this times the expert's running median;
+    leave out with `outlier_factor = false`."""
+    warmup_calls: Positive = 64
+    """Backward calls of one expert before anything counts as an outlier."""
+
+
 class ExpertsConfig(Section, frozen=True):
     """`[experts]`: what this node hosts."""
 
@@ -150,6 +163,7 @@ class NodeConfig(Section, frozen=True):
     experts: ExpertsConfig = ExpertsConfig()
     batching: BatchingConfig = BatchingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    gate: GateConfig = GateConfig()
     limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()
 
@@ -183,9 +197,10 @@ class NodeConfig(Section, frozen=True):
         merged = _copy_tree(tree)
         for key_path, value in (overrides or {}).items():
             _set_path(merged, key_path, value, source)
-        optimizer = merged.get("optimizer")
-        if isinstance(optimizer, dict) and optimizer.get("clip_grad_norm") is False:
-            optimizer["clip_grad_norm"] = None  # TOML has no null
+        for section, key in (("optimizer", "clip_grad_norm"), ("gate", "outlier_factor")):
+            table = merged.get(section)
+            if isinstance(table, dict) and table.get(key) is False:
+                table[key] = None  # TOML has no null
         try:
             return msgspec.convert(merged, cls)
         except msgspec.ValidationError as error:

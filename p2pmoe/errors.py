@@ -8,6 +8,7 @@
     │   ├── InvalidUidError         an expert uid or pattern breaks the grammar
     │   ├── SchemaError             arguments do not fit an expert's schema
     │   ├── EncodeError             our own value cannot be written in the wire format
+    │   ├── NonFiniteResultError    a pass or a step gave NaN or infinity, and was undone
     │   └── ClosedError             used after close()
     └── RemoteError                 a peer's side: what it sent, what it answered, that it is silent
         ├── DecodeError             bytes that are no value of the wire format
@@ -23,6 +24,8 @@
         │   └── StaleRecordError
         └── CallError               a node answered a call with an error
             ├── BadRequestError         400  the call does not fit the expert's schema, or is malformed
+            │   ├── NonFiniteError           its tensors hold NaN or infinity
+            │   └── OutlierGradientError     its gradients are far over the expert's usual ones
             ├── UnknownExpertError      404
             ├── ReplayConflictError     409  a backward id was used before, its answer is gone or differs
             ├── TooLargeError           413
@@ -32,7 +35,8 @@
             ├── DrainingError           503
             └── ExpiredCallError        504  the call's deadline passed before the device took it
 
-`CallError` has one class per status code of the wire format; `call_error(code, message)` picks it.
+`CallError` has one class per status code of the wire format; `call_error(code, message)` picks it. The two under
+BadRequestError exist on the node alone: a caller sees their code and message.
 """
 
 from __future__ import annotations
@@ -80,6 +84,10 @@ class SchemaError(LocalError, ValueError):
 
 class EncodeError(LocalError, ValueError):
     """A value of ours cannot be written in the wire format."""
+
+
+class NonFiniteResultError(LocalError, ArithmeticError):
+    """A pass of an expert or a step of its optimizer gave NaN or infinity; nothing was changed by it."""
 
 
 class ClosedError(LocalError, RuntimeError):
@@ -159,6 +167,14 @@ class BadRequestError(CallError, ValueError):
     """The call is malformed or does not fit the expert's schema."""
 
     code = 400
+
+
+class NonFiniteError(BadRequestError):
+    """A tensor of the call holds NaN or infinity."""
+
+
+class OutlierGradientError(BadRequestError):
+    """The call's gradients are far over those that the expert usually gets."""
 
 
 class UnknownExpertError(CallError, LookupError):

@@ -41,12 +41,15 @@ class Distribution:
 
 @dataclass(slots=True)
 class PassStats:
-    """One expert and pass; `outcomes` counts calls by "ok" or status code, `updates` optimizer steps."""
+    """One expert and pass; `outcomes` counts calls by "ok" or status code, `updates` optimizer steps,
+    `rejected` backward calls that the gate kept from the optimizer, by reason.
+    """
 
     expert: str
     direction: str
     outcomes: Counter[str] = field(default_factory=Counter)
     updates: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
     queue_seconds: Distribution = field(default_factory=lambda: Distribution(_SECONDS))
     compute_seconds: Distribution = field(default_factory=lambda: Distribution(_SECONDS))
     batch_rows: Distribution = field(default_factory=lambda: Distribution(_ROWS))
@@ -102,13 +105,17 @@ class NodeMetrics:
     def _counters(passes: list[PassStats]) -> Iterator[Metric]:
         requests = CounterMetricFamily("p2pmoe_requests", "Calls answered.", labels=["expert", "pass", "outcome"])
         updates = CounterMetricFamily("p2pmoe_expert_updates", "Optimizer steps applied.", labels=["expert"])
+        rejected = CounterMetricFamily(
+            "p2pmoe_rejected_gradients", "Backward calls kept from the optimizer.", labels=["expert", "reason"]
+        )
         for stats in passes:
             for outcome, count in list(stats.outcomes.items()):
                 requests.add_metric([*stats.labels, outcome], count)
             if stats.direction == "backward":
                 updates.add_metric([stats.expert], stats.updates)
-        yield requests
-        yield updates
+            for reason, count in list(stats.rejected.items()):
+                rejected.add_metric([stats.expert, reason], count)
+        yield from (requests, updates, rejected)
 
     def _wire(self) -> Metric:
         family = CounterMetricFamily("p2pmoe_wire_bytes", "Tensor bytes of calls.", labels=["direction", "codec"])

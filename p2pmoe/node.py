@@ -33,6 +33,7 @@ from p2pmoe.server.backend import ExpertBackend
 from p2pmoe.server.handlers import ExpertHandlers
 from p2pmoe.server.hosting import make_backends
 from p2pmoe.server.runtime import Runtime
+from p2pmoe.server.screening import guard_experts
 from p2pmoe.types import Endpoint, PeerId
 
 logger = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ class Node:
         self._identity = _open_identity(config)
         self.stage = "experts"
         self.backends = self._given + make_backends(config.experts, config.batching, config.optimizer, config.devices)
+        guard_experts(self.backends, config.gate, self.metrics)
         runtimes = self._start_runtimes(parts)
         self.handlers = ExpertHandlers(
             self.backends, runtimes.values(), metrics=self.metrics, peer_id=self._identity.peer_id

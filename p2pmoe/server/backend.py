@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from p2pmoe.errors import SchemaError
+from p2pmoe.errors import NonFiniteResultError, SchemaError
 from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_packer
 from p2pmoe.protocol.schema import BatchTensorProto, format_schema, schema_digest
 from p2pmoe.server.task_pool import TaskPool
@@ -75,6 +75,8 @@ class ExpertBackend(nn.Module):
         """Optimizer steps applied since the expert was made."""
         self._computing = threading.Lock()
         self._works_in_place = False
+        self.before_step: Callable[[Flat], None] | None = None
+        """Sees the inputs' gradients of a pass before its optimizer step; raises NonFiniteResultError to stop it."""
         self.forward_pool = TaskPool(self.forward, uid=f"{name}/forward", **pool_options)
         self.backward_pool = TaskPool(self.backward, uid=f"{name}/backward", **pool_options)
 
@@ -113,16 +115,25 @@ class ExpertBackend(nn.Module):
         (args, kwargs), grad_outputs = self._pack_backward(inputs)
         with self._computing, torch.enable_grad():
             args, kwargs = nested_map(_as_leaf, (args, kwargs))
+            earlier = self._set_gradients_aside()
             try:
                 self._back_propagate(self._run_with_grad(args, kwargs), grad_outputs)
+                gradients = tuple(
+                    torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+                    for tensor in nested_flatten((args, kwargs))
+                )
+                if self.before_step is not None:
+                    self.before_step(gradients)
+                for parameter, gradient in earlier:
+                    parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
                 self.apply_gradients()
-            except BaseException:
+            except BaseException as error:
                 self.opt.zero_grad(set_to_none=True)  # half a gradient must not leak into the next step
+                if isinstance(error, NonFiniteResultError):  # no step was taken
+                    for parameter, gradient in earlier:
+                        parameter.grad = gradient
                 raise
-        return tuple(
-            torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-            for tensor in nested_flatten((args, kwargs))
-        )
+        return gradients
 
     def apply_gradients(self) -> None:
         """Step the optimizer and clear the gradients. Override to train differently."""
@@ -145,6 +156,14 @@ class ExpertBackend(nn.Module):
         return self.forward_pool, self.backward_pool
 
     # -- private
+
+    def _set_gradients_aside(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """What an `apply_gradients` that steps only now and then has gathered: a bad pass must not spoil it."""
+        parameters = [each for group in self.opt.param_groups for each in group["params"]]
+        gathered = [(each, each.grad) for each in parameters if each.grad is not None]
+        for parameter, _ in gathered:
+            parameter.grad = None
+        return gathered
 
     def _run_with_grad(self, args: Any, kwargs: Any) -> Any:
         """The outputs in the graph of the inputs; copies of the inputs where the expert works on them in place."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from p2pmoe.config import OptimizerConfig
 from p2pmoe.errors import ConfigError
+from p2pmoe.server.step_guard import guard_steps
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -48,8 +49,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
         optimizer = kind(parameters, lr=config.lr, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optimizer.options: {config.name} does not take {config.options}: {error}") from error
-    if config.clip_grad_norm is not None:
-        optimizer.register_step_pre_hook(_Clip(config.clip_grad_norm))
+    guard_steps(optimizer, config.clip_grad_norm)  # before the schedule: a refused step must not move it
     if config.warmup_steps or config.decay != "none":
         _Schedule(config).attach(optimizer)
     return optimizer
@@ -65,15 +65,6 @@ def schedule_factor(config: OptimizerConfig, step: int) -> float:
     progress = min(1.0, (step - config.warmup_steps) / length)
     remaining = 1.0 - progress if config.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * remaining
-
-
-class _Clip:
-    def __init__(self, max_norm: float) -> None:
-        self._max_norm = max_norm
-
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, self._max_norm)
 
 
 class _Schedule:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from p2pmoe.errors import CallError, DrainingError, ExpertFailedError
+from p2pmoe.errors import CallError, DrainingError, ExpertFailedError, NonFiniteResultError
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.doorbell import Doorbell
 from p2pmoe.server.devices import Device, Launched, Staged, open_device
 from p2pmoe.server.memory import keep_freed_memory, trim_memory
-from p2pmoe.server.task_pool import Batch, Task, TaskPool
+from p2pmoe.server.task_pool import Batch, BatchGate, Task, TaskPool
 
 logger = logging.getLogger(__name__)
 
@@ -164,32 +164,45 @@ class Runtime:
     def _stage(self, device: Device, batch: Batch) -> Staged | None:
         self._running += len(batch.tasks)
         try:
-            return device.stage(batch)
+            if batch.pool.gate is not None:
+                self._screen(batch, batch.pool.gate)
+            return device.stage(batch) if batch.tasks else None
         except BaseException as error:  # noqa: BLE001 - the thread must outlive any expert
-            self._fail(batch, error)
+            self._fail(device, batch, error)
             return None
+
+    def _screen(self, batch: Batch, gate: BatchGate) -> None:
+        refused = dict(gate.screen(batch.tasks))
+        if refused:
+            batch.tasks = [task for task in batch.tasks if task not in refused]
+            batch.rows -= sum(task.rows for task in refused)
+            self._running -= len(refused)
+            _settle(list(refused), list(refused.values()))
 
     def _launch(self, device: Device, staged: Staged) -> Launched | None:
         try:
             return device.launch(staged)
         except BaseException as error:  # noqa: BLE001
-            self._fail(staged.batch, error)
+            self._fail(device, staged.batch, error)
             return None
 
     def _finish(self, device: Device, launched: Launched, started: float) -> None:
         batch = launched.batch
         try:
             outputs = device.finish(launched)
+            spoilt = batch.pool.gate.inspect(batch, outputs) if batch.pool.gate is not None else ()
         except BaseException as error:  # noqa: BLE001
-            self._fail(batch, error)
+            self._fail(device, batch, error)
             return
         self._running -= len(batch.tasks)
         self._computed_since_trim = True
-        _deliver(batch.tasks, outputs)
+        _deliver(batch.tasks, outputs, dict(spoilt))
         self._observe(batch, time.perf_counter() - started, True)
 
-    def _fail(self, batch: Batch, error: BaseException) -> None:
+    def _fail(self, device: Device, batch: Batch, error: BaseException) -> None:
         self._running -= len(batch.tasks)
+        if batch.pool.gate is not None and self._recover(device, batch, batch.pool.gate, error):
+            return
         logger.warning(
             "%s: a batch of %d calls failed: %s: %s", batch.pool.uid, len(batch.tasks), type(error).__name__, error
         )
@@ -201,6 +214,37 @@ class Runtime:
             batch.tasks, ExpertFailedError(f"{batch.pool.uid}: the expert failed: {type(error).__name__}: {reason}")
         )
 
+    def _recover(self, device: Device, batch: Batch, gate: BatchGate, error: BaseException) -> bool:
+        """Undo a failed batch; whether it was answered: one that gave NaN or infinity is computed in two parts."""
+        try:
+            gate.undo()
+            if not isinstance(error, NonFiniteResultError):
+                return False
+            if len(batch.tasks) == 1:
+                _deliver_error(batch.tasks, gate.failed_alone(batch.tasks[0], error))
+                self._observe(batch, 0.0, False)
+                return True
+            parts = gate.split(batch)
+        except Exception:
+            logger.exception("%s: a failed batch could not be undone", batch.pool.uid)
+            return False
+        for part in parts:
+            self._compute(device, part)
+        return True
+
+    def _compute(self, device: Device, batch: Batch) -> None:
+        """From staging to the answers, for a batch that was screened before."""
+        self._running += len(batch.tasks)
+        started = time.perf_counter()
+        try:
+            staged = device.stage(batch)
+        except BaseException as error:  # noqa: BLE001
+            self._fail(device, batch, error)
+            return
+        launched = self._launch(device, staged)
+        if launched is not None:
+            self._finish(device, launched, started)
+
     def _observe(self, batch: Batch, seconds: float, succeeded: bool) -> None:
         if self._on_batch is None:
             return
@@ -210,14 +254,17 @@ class Runtime:
             logger.exception("%s: the observer of batches failed", batch.pool.uid)
 
 
-def _deliver(tasks: list[Task], outputs: Flat) -> None:
+def _deliver(tasks: list[Task], outputs: Flat, spoilt: dict[Task, CallError]) -> None:
     """Split the rows among the tasks and resolve their futures on their loop, in one crossing a loop."""
     if len(tasks) == 1:
         results: list[Flat] = [outputs]
     else:
         sizes = [task.rows for task in tasks]
         results = list(zip(*(torch.split(output, sizes) for output in outputs), strict=True)) or [()] * len(tasks)
-    _settle(tasks, results)
+    if spoilt:
+        _settle(tasks, [spoilt.get(task, result) for task, result in zip(tasks, results, strict=True)])
+    else:
+        _settle(tasks, results)
 
 
 def _deliver_error(tasks: list[Task], error: CallError) -> None:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from p2pmoe.errors import BadRequestError, ExpiredCallError, OverloadedError, SchemaError
+from p2pmoe.errors import BadRequestError, CallError, ExpiredCallError, OverloadedError, SchemaError
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.prompt import PromptFuture
 
@@ -54,6 +54,25 @@ class Waker(Protocol):
 
     def wake(self) -> None:
         """Look at the queues now."""
+
+
+class BatchGate(Protocol):
+    """What stands around the computing of a pool's batches; asked on the device thread."""
+
+    def screen(self, tasks: list[Task]) -> list[tuple[Task, CallError]]:
+        """The tasks that must not be computed, and why."""
+
+    def inspect(self, batch: Batch, outputs: tuple[torch.Tensor, ...]) -> list[tuple[Task, CallError]]:
+        """The tasks whose results must not be sent. Raises NonFiniteResultError when the batch may be computed anew."""
+
+    def undo(self) -> None:
+        """The batch failed: take back what it left in the expert."""
+
+    def split(self, batch: Batch) -> tuple[Batch, Batch]:
+        """Two smaller batches instead of one that gave NaN or infinity."""
+
+    def failed_alone(self, task: Task, error: Exception) -> CallError:
+        """What a call is answered that gave NaN or infinity on its own."""
 
 
 class TaskPool:
@@ -94,6 +113,7 @@ class TaskPool:
         self.uid = uid
         self.runtime: Waker | None = None
         """Told of queued tasks; set by the runtime that takes this pool's batches."""
+        self.gate: BatchGate | None = None
         self._clock = clock
         self._tasks: deque[Task] = deque()
         self._rows = 0

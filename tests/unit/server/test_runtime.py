@@ -13,8 +13,15 @@ import torch
 from swarm_kit import WAIT_S
 
 from p2pmoe import Runtime, TaskPool
-from p2pmoe.errors import DrainingError, ExpertFailedError, ExpiredCallError
-from p2pmoe.server.task_pool import Batch
+from p2pmoe.errors import (
+    BadRequestError,
+    CallError,
+    DrainingError,
+    ExpertFailedError,
+    ExpiredCallError,
+    NonFiniteResultError,
+)
+from p2pmoe.server.task_pool import Batch, Task
 
 Flat = tuple[torch.Tensor, ...]
 
@@ -202,6 +209,82 @@ async def test_an_observer_that_fails_does_not_end_the_thread(
         await pool.submit_task(row(1.0))
     assert seen[:2] == [(1, True), (2, False)]
     assert "the observer is broken" in caplog.text
+
+
+class Door:
+    """A gate of a test's own: refuses ones, and finds results over 100 non-finite."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.broken = broken
+        self.undone = 0
+
+    def _enter(self, name: str) -> None:
+        if name == self.broken:
+            raise LookupError(f"{name} is broken")
+
+    def screen(self, tasks: list[Task]) -> list[tuple[Task, CallError]]:
+        self._enter("screen")
+        return [(task, BadRequestError("a one")) for task in tasks if task.tensors[0][0, 0] == 1]
+
+    def inspect(self, batch: Batch, outputs: Flat) -> list[tuple[Task, CallError]]:
+        self._enter("inspect")
+        if (outputs[0] > 100).any():
+            raise NonFiniteResultError("too large")
+        return [(task, BadRequestError("a three")) for task in batch.tasks if task.tensors[0][0, 0] == 3]
+
+    def undo(self) -> None:
+        self.undone += 1
+        self._enter("undo")
+
+    def split(self, batch: Batch) -> tuple[Batch, Batch]:
+        self._enter("split")
+        half = len(batch.tasks) // 2
+        return tuple(  # type: ignore[return-value]
+            Batch(batch.pool, tasks, sum(task.rows for task in tasks), batch.taken_at)
+            for tasks in (batch.tasks[:half], batch.tasks[half:])
+        )
+
+    def failed_alone(self, task: Task, error: Exception) -> CallError:
+        return ExpertFailedError(f"alone: {error}")
+
+
+async def test_a_gate_refuses_before_and_after_and_parts_what_is_spoilt(
+    device: Device, start: Callable[..., Runtime]
+) -> None:
+    pool = TaskPool(device)
+    pool.gate = door = Door()
+    seen: list[tuple[int, bool]] = []
+    runtime = start(pool, on_batch=lambda batch, seconds, succeeded: seen.append((len(batch.tasks), succeeded)))
+    async with asyncio.timeout(WAIT_S):
+        held = await hold(device, pool)
+        calls = [pool.submit_task(row(value, rows=2)) for value in (1.0, 2.0, 3.0, 400.0, 5.0, 1.0, 6.0)]
+        device.go.set()
+        results = await asyncio.gather(held, *calls, return_exceptions=True)
+        await pool.submit_task(row(0.0))  # a batch is observed after its answers left, and before the next begins
+    shown = [str(each) if isinstance(each, CallError) else each[0][0, 0].item() for each in results]
+    assert shown == [0.0, "a one", 4.0, "a three", "alone: too large", 10.0, "a one", 12.0]
+    assert device.batches[1] == [2.0] * 2 + [3.0] * 2 + [400.0] * 2 + [5.0] * 2 + [6.0] * 2
+    assert door.undone == 3
+    assert seen[:5] == [(1, True), (2, True), (1, False), (2, True), (1, True)]
+    assert (runtime.tasks_running, runtime.tasks_waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("broken", ["screen", "inspect", "undo", "split"])
+async def test_a_broken_gate_fails_its_batch_and_leaves_the_thread(
+    broken: str, device: Device, start: Callable[..., Runtime]
+) -> None:
+    pool = TaskPool(device, uid="ffn.0/backward")
+    pool.gate = door = Door(broken)
+    runtime = start(pool)
+    async with asyncio.timeout(WAIT_S):
+        for value in (200.0, -1.0):
+            pair = [pool.submit((row(value),)) for _ in range(2)]
+            runtime.wake()
+            results = await asyncio.gather(*(task.future for task in pair), return_exceptions=True)
+            assert all(isinstance(each, ExpertFailedError) for each in results)
+        door.broken = ""
+        assert (await pool.submit_task(row(2.0)))[0].item() == 4.0
+    assert runtime.tasks_running == 0
 
 
 async def test_cancelled_tasks_do_not_reach_the_device(device: Device, start: Callable[..., Runtime]) -> None:

@@ -1,0 +1,171 @@
+"""The gate around an expert's batches: who may enter, what may leave, what is taken back. Runs on the device thread.
+
+1. A call that holds NaN or infinity is refused before batching, so its neighbours are computed as if it had not come.
+2. So is a backward call whose gradients are far over the expert's usual ones (`gate.NormGate`).
+3. A backward pass that overflows all the same is stopped before the optimizer's step; a step that overflows is undone.
+4. A batch that gave NaN or infinity is computed again in two parts, the extreme calls apart from the mild ones, until
+   each culprit is alone and fails alone.
+5. What such a pass wrote into the expert's buffers is put back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from p2pmoe.config import GateConfig
+from p2pmoe.errors import CallError, ExpertFailedError, NonFiniteError, NonFiniteResultError, OutlierGradientError
+from p2pmoe.metrics import NodeMetrics, PassStats
+from p2pmoe.protocol.nested import nested_flatten
+from p2pmoe.server.backend import ExpertBackend
+from p2pmoe.server.buffers import KeptBuffers
+from p2pmoe.server.gate import (
+    NormGate,
+    count_non_finite,
+    holds_floats,
+    is_finite,
+    magnitude,
+    norm_of,
+    split_by_magnitude,
+)
+from p2pmoe.server.step_guard import guard_steps, require_finite
+from p2pmoe.server.task_pool import Batch, Task
+
+Flat = tuple[torch.Tensor, ...]
+
+
+def guard_experts(backends: Iterable[ExpertBackend], config: GateConfig, metrics: NodeMetrics) -> None:
+    """Guard the optimizers of experts; put gates around their pools where the config says so."""
+    for backend in backends:
+        guard_steps(backend.opt)
+        pools = backend.get_pools()
+        if not config.enabled:
+            backend.before_step = None
+            for pool in pools:
+                pool.gate = None
+            continue
+        buffers = KeptBuffers(backend.expert)  # one for both passes: each writes what the other must not undo
+        forward, backward = (
+            PassGate(backend, buffers, config, metrics.stats(backend.name, each)) for each in ("forward", "backward")
+        )
+        pools[0].gate, pools[1].gate = forward, backward
+        backend.before_step = backward.before_step
+
+
+class PassGate:
+    """A `BatchGate` of one expert and pass."""
+
+    def __init__(self, backend: ExpertBackend, buffers: KeptBuffers, config: GateConfig, stats: PassStats) -> None:
+        self._backend = backend
+        self._stats = stats
+        self._trains = stats.direction == "backward"
+        self._buffers = buffers
+        self._inputs = len(nested_flatten(backend.forward_schema))
+        self._norms: NormGate | None = None
+        if self._trains and config.outlier_factor is not None:
+            self._norms = NormGate(factor=config.outlier_factor, warmup_calls=config.warmup_calls)
+        # The user's own `apply_gradients` may leave gradients for a later step, where nobody can tell whose they are.
+        self._may_gather = type(backend).apply_gradients is not ExpertBackend.apply_gradients
+
+    def __repr__(self) -> str:
+        return f"<PassGate {self._stats.expert}/{self._stats.direction}: {self._norms}, {dict(self._stats.rejected)}>"
+
+    def screen(self, tasks: list[Task]) -> list[tuple[Task, CallError]]:
+        """See `BatchGate.screen`."""
+        refused = []
+        for task in tasks:
+            error = self._judge(task)
+            if error is not None:
+                self._stats.outcomes[str(error.code)] += 1
+                refused.append((task, error))
+        return refused
+
+    def before_step(self, gradients: Flat) -> None:
+        """See `ExpertBackend.before_step`. `gradients` are those of the inputs."""
+        if not all(map(is_finite, gradients)):
+            raise NonFiniteResultError("the inputs' gradients overflowed")
+        if not self._buffers.changes_are_finite():
+            raise NonFiniteResultError("the expert's buffers overflowed")
+        if self._may_gather:
+            parameters = self._backend.expert.parameters()
+            require_finite(each.grad for each in parameters if each.grad is not None)
+
+    def inspect(self, batch: Batch, outputs: Flat) -> list[tuple[Task, CallError]]:
+        """See `BatchGate.inspect`. A backward batch, whose step was taken, is never computed anew."""
+        finite = all(map(is_finite, outputs))
+        if self._buffers.changes_are_finite():
+            if finite:
+                self._buffers.keep()
+                return []
+        elif self._trains:
+            self._buffers.put_back()
+        if not self._trains:
+            raise NonFiniteResultError("the outputs or the expert's buffers overflowed")
+        return [] if finite else self._spoilt(batch, outputs)
+
+    def undo(self) -> None:
+        """See `BatchGate.undo`."""
+        self._buffers.put_back()
+
+    def split(self, batch: Batch) -> tuple[Batch, Batch]:
+        """See `BatchGate.split`."""
+        mild, extreme = split_by_magnitude([magnitude(task.tensors) for task in batch.tasks])
+        return _part(batch, mild), _part(batch, extreme)
+
+    def failed_alone(self, task: Task, error: Exception) -> CallError:
+        """See `BatchGate.failed_alone`."""
+        if self._trains:
+            self._stats.rejected["overflow"] += 1
+        return ExpertFailedError(
+            f"{self._stats.expert}/{self._stats.direction}: {error}. Nothing was changed by this call, whose largest "
+            f"value is {magnitude(task.tensors):.3g}; send smaller ones. If they are small, ask another provider"
+        )
+
+    # -- private
+
+    def _judge(self, task: Task) -> CallError | None:
+        squares = 0.0
+        for index, tensor in enumerate(task.tensors):
+            if not holds_floats(tensor):
+                continue
+            norm = norm_of(tensor)
+            if not math.isfinite(norm) and not is_finite(tensor):
+                return self._non_finite(index, tensor)
+            if index >= self._inputs:
+                squares += min(norm, 1e150) ** 2
+        if self._norms is None:
+            return None
+        norm = math.sqrt(squares / max(1, task.rows))
+        return None if self._norms.admits(norm) else self._outlier(norm, self._norms)
+
+    def _non_finite(self, index: int, tensor: torch.Tensor) -> NonFiniteError:
+        if self._trains:
+            self._stats.rejected["non_finite"] += 1
+        return NonFiniteError(
+            f"tensor '{index}' of the call to {self._stats.expert} ({self._stats.direction}) holds NaN or infinity in "
+            f"{count_non_finite(tensor)} of {tensor.numel()} values; drop the step that made them"
+        )
+
+    def _outlier(self, norm: float, norms: NormGate) -> OutlierGradientError:
+        self._stats.rejected["outlier"] += 1
+        return OutlierGradientError(
+            f"the gradients of the call to {self._stats.expert} have a norm of {norm:.3g} for each row; usual is "
+            f"{norms.usual:.3g}, at most {norms.limit:.3g} passes. Drop the step, or scale the loss as others do"
+        )
+
+    def _spoilt(self, batch: Batch, outputs: Flat) -> list[tuple[Task, CallError]]:
+        spoilt = []
+        first = 0
+        for task in batch.tasks:
+            if not all(is_finite(output[first : first + task.rows]) for output in outputs):
+                error = NonFiniteResultError("the inputs' gradients overflowed, after the expert's own step")
+                spoilt.append((task, self.failed_alone(task, error)))
+            first += task.rows
+        return spoilt
+
+
+def _part(batch: Batch, indices: list[int]) -> Batch:
+    tasks = [batch.tasks[index] for index in indices]
+    return Batch(batch.pool, tasks, sum(task.rows for task in tasks), batch.taken_at)

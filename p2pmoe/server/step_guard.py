@@ -1,0 +1,142 @@
+"""Keeps an optimizer's parameters and state finite, whatever gradients it is given. Knows only torch.
+
+1. A step is refused before it begins when a gradient is NaN or infinite, or their total norm, clipped or not, is over
+   `SAFE_NORM`.
+2. Under it the optimizers of `optimizers.py` cannot overflow float32 or bfloat16, and nothing more is read: squares
+   stay under 1e24, and a sum of increments stops growing at 2^25 times the largest of them.
+3. Where that does not hold (float16, options that can divide by zero) parameters and state are copied, looked at after
+   the step, and put back when it spoilt them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from p2pmoe.errors import NonFiniteResultError
+from p2pmoe.server.gate import exact_norm, is_finite, quick_norm
+
+SAFE_NORM = 1e12
+"""Gradients of a larger total norm, after clipping, are not stepped with."""
+_WIDE = (torch.float32, torch.float64, torch.bfloat16)
+
+_Saved = tuple[
+    list[tuple[torch.Tensor, torch.Tensor]],
+    dict[torch.Tensor, dict[str, Any]],
+    list[tuple[dict[str, Any], dict[str, Any]]],
+]
+
+
+class StepGuard:
+    """Hooks around `optimizer.step()`; `guard_steps` makes it.
+
+    Args:
+        optimizer: whose steps are guarded, also when other code than ours calls them.
+        max_norm: gradients are scaled down to this total norm; None leaves them.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> None:
+        self._max_norm = max_norm
+        self._verifies = _may_divide_by_zero(optimizer) or any(
+            parameter.dtype not in _WIDE for parameter in _parameters(optimizer)
+        )
+        self._saved: _Saved | None = None
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    # -- private
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._saved = None
+        gradients = [each.grad for each in _parameters(optimizer) if each.grad is not None]
+        try:
+            self._scale_down(gradients)
+        except NonFiniteResultError:
+            optimizer.zero_grad(set_to_none=True)  # whoever called step may not: the next one would be refused too
+            raise
+        if self._verifies:
+            self._saved = _save(optimizer)
+
+    def _scale_down(self, gradients: list[torch.Tensor]) -> None:
+        norm = require_finite(gradients)
+        if self._max_norm is not None and norm > self._max_norm:
+            for gradient in gradients:
+                gradient.mul_(self._max_norm / norm)
+            norm = self._max_norm
+        if norm > SAFE_NORM:
+            raise NonFiniteResultError(f"the gradients' total norm is {norm:.3g}; over {SAFE_NORM:g} no step is taken")
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        saved, self._saved = self._saved, None
+        if saved is None or all(map(is_finite, _trained(optimizer))):
+            return
+        _restore(optimizer, saved)
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteResultError("the optimizer's step overflowed; parameters and optimizer are as they were before")
+
+
+_guards: WeakKeyDictionary[torch.optim.Optimizer, StepGuard] = WeakKeyDictionary()
+
+
+def guard_steps(optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> None:
+    """Guard an optimizer's steps from now on; one that is guarded already keeps its guard."""
+    if optimizer not in _guards:
+        _guards[optimizer] = StepGuard(optimizer, max_norm)
+
+
+def require_finite(gradients: Iterable[torch.Tensor]) -> float:
+    """The total norm of gradients. Raises NonFiniteResultError when one of them holds NaN or infinity."""
+    gradients = [each._values() if each.is_sparse else each for each in gradients]  # noqa: SLF001
+    total = math.hypot(*map(quick_norm, gradients))
+    if not math.isfinite(total):
+        total = math.hypot(*map(exact_norm, gradients))
+    if not math.isfinite(total):
+        raise NonFiniteResultError("the gradients of the parameters overflowed; the optimizer's step was not taken")
+    return total
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
+    """What a step writes: the parameters and their state."""
+    yield from _parameters(optimizer)
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _may_divide_by_zero(optimizer: torch.optim.Optimizer) -> bool:
+    """`centered` subtracts two averages that rounding can leave below zero, and takes the root."""
+    return any(group.get("eps", 1.0) <= 0.0 or bool(group.get("centered")) for group in optimizer.param_groups)
+
+
+def _save(optimizer: torch.optim.Optimizer) -> _Saved:
+    parameters = [(parameter, parameter.detach().clone()) for parameter in _parameters(optimizer)]
+    state = {
+        parameter: {key: _copy(value) for key, value in each.items()} for parameter, each in optimizer.state.items()
+    }
+    groups = [
+        (group, {key: _copy(value) for key, value in group.items() if key != "params"})
+        for group in optimizer.param_groups
+    ]
+    return parameters, state, groups
+
+
+@torch.no_grad()
+def _restore(optimizer: torch.optim.Optimizer, saved: _Saved) -> None:
+    parameters, state, groups = saved
+    for parameter, value in parameters:
+        parameter.copy_(value)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    for group, values in groups:
+        group.update(values)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
