@@ -70,6 +70,11 @@ class DHTConfig(Section, frozen=True):
     """`HOST:PORT` of nodes that are already in the swarm; any one that answers is enough."""
     swarm_id: str = "p2pmoe"
     """Nodes of different swarms never read each other's records."""
+    owner: str | None = None
+    """Public key (64 hexadecimal digits) of the swarm's owner. The swarm is closed then: only records with a
+    delegation of the owner are stored and believed."""
+    delegation_path: str | None = None
+    """File with the delegation that the owner gave this node; `p2pmoe id delegate` makes it. No secret."""
     ttl_s: Seconds = 60.0
     refresh_s: Seconds = 20.0
     join_timeout_s: Seconds = 5.0

@@ -18,6 +18,7 @@ from kademlia.network import Server
 from p2pmoe.dht.contacts import BUCKET_SIZE, ContactTable
 from p2pmoe.dht.crawl import ALPHA, Crawl
 from p2pmoe.dht.harvest import Harvest
+from p2pmoe.dht.ownership import ClosedSwarm
 from p2pmoe.dht.protocol import DatagramProtocol
 from p2pmoe.dht.requests import ping_message
 from p2pmoe.dht.store import RecordStore
@@ -58,19 +59,22 @@ class SwarmServer(Server):  # type: ignore[misc]
         client_mode: bool = False,
         clock: Callable[[], float] = time.time,
         source_bytes_per_s: float = 1e6,
+        closed: ClosedSwarm | None = None,
     ) -> None:
         super().__init__(ksize=BUCKET_SIZE, alpha=ALPHA, node_id=node_id)
         self.storage = RecordStore()  # not as an argument: an empty store is false, and would be replaced
         self.client_mode = client_mode
         self.clock = clock
         self.table = ContactTable(node_id, BUCKET_SIZE)
-        self.trust = RecordTrust(self.storage)
+        self.trust = RecordTrust(self.storage, closed=closed)
         self.budgets = SourceBudgets(source_bytes_per_s, 2 * source_bytes_per_s)
         self.header = header_of(swarm_id)
         self.lookups = 0
         self.repairs = 0
         self.forged = 0
         """Records with a wrong signature that holders answered with."""
+        self.undelegated = 0
+        """Records without the owner's leave, in a closed swarm, that holders answered with."""
         self._repairing: set[asyncio.Task[None]] = set()
 
     def _create_protocol(self, sock: socket.socket) -> DatagramProtocol:
@@ -163,6 +167,7 @@ class SwarmServer(Server):  # type: ignore[misc]
         crawl = self._crawl(key, width=REPLICAS, harvest=harvest, quick=quick)
         nearest = await crawl.run()
         self.forged += harvest.forged
+        self.undelegated += harvest.undelegated
         now = self.clock()
         merged = {record.slot: record for record in harvest.merged(now)}
         for record in self.storage.records(key, now):

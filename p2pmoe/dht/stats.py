@@ -32,6 +32,7 @@ class DHTStats(msgspec.Struct, frozen=True):
     over_budget: int
     records_refused: int
     records_forged: int
+    records_undelegated: int
     calls_under_way: int
     observed_host: str | None
     clock_offset_s: float | None
@@ -61,6 +62,7 @@ def take_stats(peer_id: PeerId, address: str, server: SwarmServer, observations:
         over_budget=counters.over_budget,
         records_refused=counters.records_refused,
         records_forged=server.forged,
+        records_undelegated=server.undelegated,
         calls_under_way=len(server.protocol.book) if server.protocol else 0,
         observed_host=observations.host,
         clock_offset_s=observations.clock_offset_s,

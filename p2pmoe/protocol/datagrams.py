@@ -68,7 +68,7 @@ class Status(enum.IntEnum):
     FULL = 5
     FAR = 6
     BAD_SIGNATURE = 7
-    CLIENT = 8
+    NOT_DELEGATED = 8
 
 
 class _Message(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
