@@ -84,6 +84,14 @@ class DHTConfig(Section, frozen=True):
     """Request and reply bytes that one address (one subnet, from outside the local network) may cost us."""
 
 
+class AccessConfig(Section, frozen=True):
+    """`[access]`: who may join and call."""
+
+    swarm_key_path: str | None = None
+    """File with the secret of a private swarm, mode 0600; `p2pmoe id swarm-key new` makes it. Without it the swarm
+    is open to everybody."""
+
+
 class BatchingConfig(Section, frozen=True):
     """`[batching]`: how calls to one expert are merged. Sizes count rows."""
 
@@ -152,6 +160,7 @@ class NodeConfig(Section, frozen=True):
     """Threads torch computes with; None leaves torch's default."""
     http: HttpConfig = HttpConfig()
     dht: DHTConfig = DHTConfig()
+    access: AccessConfig = AccessConfig()
     experts: ExpertsConfig = ExpertsConfig()
     batching: BatchingConfig = BatchingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

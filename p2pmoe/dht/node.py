@@ -22,7 +22,7 @@ from p2pmoe.dht.signing import RecordSigner
 from p2pmoe.dht.state_file import load_state, save_state
 from p2pmoe.dht.stats import DHTStats, take_stats
 from p2pmoe.errors import BootstrapError, ConfigError, NotDelegatedError, PeerUnreachableError
-from p2pmoe.identity import Identity
+from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.protocol.datagrams import Address
 from p2pmoe.protocol.delegations import is_wrapped
 from p2pmoe.protocol.records import Record, key_of
@@ -42,6 +42,7 @@ class DHTNode:
         identity: Whose records it signs; its node id is the identity's.
         config: The `[dht]` section.
         client_mode: Reads and writes, but answers nobody and is in nobody's table.
+        swarm_key: The secret of a private swarm: every datagram is sealed with it.
         clock: Seconds since 1970, by which records are judged.
 
     Raises:
@@ -54,6 +55,7 @@ class DHTNode:
         config: DHTConfig | None = None,
         *,
         client_mode: bool = False,
+        swarm_key: SwarmKey | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.identity = identity
@@ -71,6 +73,7 @@ class DHTNode:
             clock=clock,
             source_bytes_per_s=self.config.max_source_bytes_per_s,
             closed=self.closed,
+            swarm_key=swarm_key,
         )
         self.membership = Membership(self.server, self.config, on_round=self._save_state)
         self._thread = LoopThread(f"p2pmoe-dht-{identity.peer_id[:8]}")

@@ -21,12 +21,15 @@ from p2pmoe.dht.calls import Call, CallBook, Delay
 from p2pmoe.dht.contacts import ContactTable
 from p2pmoe.dht.datagram_socket import DatagramSocket, plain_address
 from p2pmoe.dht.requests import MakeRequest, ping_message, store_message
+from p2pmoe.dht.sealing import Sealer
 from p2pmoe.dht.store import RecordStore
 from p2pmoe.dht.tokens import SourceBudgets, source_of
 from p2pmoe.dht.validation import RecordTrust
 from p2pmoe.errors import DecodeError
 from p2pmoe.protocol.datagrams import (
     CALL_ID_BYTES,
+    PLAIN,
+    SEALED,
     Address,
     Contact,
     Found,
@@ -57,6 +60,8 @@ class Counters:
     bytes_in: int = 0
     bytes_out: int = 0
     malformed: int = 0
+    unopened: int = 0
+    """Not sealed with our swarm key, or seen before."""
     over_budget: int = 0
     timeouts: int = 0
     records_refused: int = 0
@@ -77,6 +82,7 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         clock: Callable[[], float],
         sock: socket.socket,
         client_mode: bool = False,
+        sealer: Sealer | None = None,
     ) -> None:
         super().__init__(table.node, store, table.ksize)
         self.router = table
@@ -94,7 +100,8 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         self._sender = b"" if client_mode else own_id
         self._header = header
         self.budgets = budgets
-        self._answers = Answers(own_id, table, store, trust)
+        self._sealer = sealer
+        self._answers = Answers(own_id, table, store, trust, SEALED if sealer else PLAIN)
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._tokens_held: OrderedDict[Address, bytes] = OrderedDict()
@@ -137,19 +144,26 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         self.counters.datagrams_in += 1
         self.counters.bytes_in += len(data)
         address = plain_address(addr)
+        datagram = self._sealer.open(data) if self._sealer else data
+        if datagram is None:
+            self.counters.unopened += 1
+            self.budgets.charge(source_of(address), len(data), self._loop.time())
+            return
         try:
-            message = decode_datagram(self._header, data)
+            message = decode_datagram(self._header, datagram)
         except DecodeError:
             self.counters.malformed += 1
             return
         if isinstance(message, Pong | Found | Paged | Stored):
             self._take_reply(message, address)
         elif not self.client_mode:
-            self._take_request(message, address, len(data))
+            self._take_request(message, address, len(datagram))
 
     def _send(self, datagram: bytes, address: Address) -> None:
         if self._closed:
             return
+        if self._sealer is not None:
+            datagram = self._sealer.seal(datagram)
         self.counters.datagrams_out += 1
         self.counters.bytes_out += len(datagram)
         self.transmit(datagram, address)

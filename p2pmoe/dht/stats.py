@@ -29,6 +29,7 @@ class DHTStats(msgspec.Struct, frozen=True):
     bytes_out: int
     timeouts: int
     malformed: int
+    unopened: int
     over_budget: int
     records_refused: int
     records_forged: int
@@ -59,6 +60,7 @@ def take_stats(peer_id: PeerId, address: str, server: SwarmServer, observations:
         bytes_out=counters.bytes_out,
         timeouts=counters.timeouts,
         malformed=counters.malformed,
+        unopened=counters.unopened,
         over_budget=counters.over_budget,
         records_refused=counters.records_refused,
         records_forged=server.forged,
