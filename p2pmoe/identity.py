@@ -137,6 +137,15 @@ class Identity:
                 f"{path} exists already; a key is never overwritten: move it away or choose another path"
             )
 
+    @classmethod
+    def from_pem(cls, content: bytes, source: str = "on standard input") -> Identity:
+        """The identity of an exported key; `source` is what errors name. Raises IdentityError."""
+        return cls(_parse_key(source, content))
+
+    def export_pem(self) -> bytes:
+        """The private key as unencrypted PKCS#8 PEM. Whoever has it is this peer: for moving a node, nothing else."""
+        return _pem(self._private)
+
     def sign(self, message: bytes) -> bytes:
         """The 64-byte Ed25519 signature of `message`."""
         return self._private.sign(message)
@@ -254,7 +263,7 @@ def _read_private_file(path: Path, remedy: str = "start a node once to make it, 
         raise IdentityError(f"key file {path} cannot be read: {error.strerror}; check its owner and mode") from error
 
 
-def _parse_key(path: Path, content: bytes) -> Ed25519PrivateKey:
+def _parse_key(path: Path | str, content: bytes) -> Ed25519PrivateKey:
     if len(content) > MAX_KEY_FILE_BYTES:
         raise IdentityError(f"key file {path} is larger than {MAX_KEY_FILE_BYTES} bytes; it is no p2pmoe key")
     try:
