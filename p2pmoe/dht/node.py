@@ -6,10 +6,10 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from p2pmoe.config import DHTConfig
 from p2pmoe.dht.addresses import bind, client_host
@@ -17,22 +17,19 @@ from p2pmoe.dht.loop_thread import LoopThread
 from p2pmoe.dht.membership import Membership
 from p2pmoe.dht.observations import Observations
 from p2pmoe.dht.ownership import ClosedSwarm, OwnDelegation, parse_owner
+from p2pmoe.dht.records import NodeRecords
 from p2pmoe.dht.server import SwarmServer
 from p2pmoe.dht.signing import RecordSigner
 from p2pmoe.dht.state_file import load_state, save_state
 from p2pmoe.dht.stats import DHTStats, take_stats
-from p2pmoe.errors import BootstrapError, ConfigError, NotDelegatedError, PeerUnreachableError
+from p2pmoe.errors import BootstrapError, ConfigError
 from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.protocol.datagrams import Address
-from p2pmoe.protocol.delegations import is_wrapped
-from p2pmoe.protocol.records import Record, key_of
+from p2pmoe.protocol.records import Record
 from p2pmoe.types import PeerId, format_host_port
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-MAX_CONCURRENT_PUTS: Final = 16
-MAX_CONCURRENT_GETS: Final = 16
 
 
 class DHTNode:
@@ -75,11 +72,13 @@ class DHTNode:
             closed=self.closed,
             swarm_key=swarm_key,
         )
+        self._records = NodeRecords(
+            self.server, self.signer, self.config, closed=self.closed, require_peers=self._require_peers
+        )
         self.membership = Membership(self.server, self.config, on_round=self._save_state)
         self._thread = LoopThread(f"p2pmoe-dht-{identity.peer_id[:8]}")
         self._address: Address | None = None
         self._started = False
-        self._hinted = False
 
     # --- life -------------------------------------------------------------------------------------------------
 
@@ -199,11 +198,11 @@ class DHTNode:
             ClosedError: the node is not running.
         """
         parts = dict(values) if isinstance(values, Mapping) else dict(enumerate(values))
-        return await self.call(lambda: self._put(prefix, parts, ttl_s))
+        return await self.call(lambda: self._records.put(prefix, parts, ttl_s))
 
     async def put_many(self, values: Mapping[str, Mapping[int, bytes]], ttl_s: float | None = None) -> dict[str, int]:
         """`put` for many prefixes at once; a prefix that nobody took counts 0 and raises nothing."""
-        return await self.call(lambda: self._put_many(values, ttl_s))
+        return await self.call(lambda: self._records.put_many(values, ttl_s))
 
     async def get(self, prefix: str, *, quick: bool = False) -> list[Record]:
         """The live records under a prefix's key, signatures checked: the newest of every signer and part.
@@ -218,7 +217,7 @@ class DHTNode:
             BootstrapError: no peer is known.
             ClosedError: the node is not running.
         """
-        return await self.call(lambda: self._get(prefix, quick=quick))
+        return await self.call(lambda: self._records.get(prefix, quick=quick))
 
     async def call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Await `make()` on the DHT's loop, from any loop. Cancelling cancels it. Raises ClosedError."""
@@ -238,10 +237,8 @@ class DHTNode:
     async def _main(
         self, sock: socket.socket, ready: Callable[[], None], stopping: asyncio.Event, *, wait_for_peers: bool
     ) -> None:
-        self._puts = asyncio.Semaphore(MAX_CONCURRENT_PUTS)
-        self._gets = asyncio.Semaphore(MAX_CONCURRENT_GETS)
         await self.server.open(sock)
-        self.server.protocol.on_seen = self.membership.on_seen
+        self.server.protocol.caller.on_seen = self.membership.on_seen
         upkeep: asyncio.Task[None] | None = None
         try:
             if self.membership.wants_peers:
@@ -255,52 +252,6 @@ class DHTNode:
                 await asyncio.gather(upkeep, return_exceptions=True)
             self._save_state()
             await self.server.close()
-
-    async def _put(self, prefix: str, parts: Mapping[int, bytes], ttl_s: float | None) -> int:
-        self._require_peers()
-        async with self._puts:
-            key, records = self.signer.sign(prefix, parts, self.config.ttl_s if ttl_s is None else ttl_s)
-            taken = await self.server.set(key, records)
-        if not taken:
-            raise PeerUnreachableError(
-                f"none of the nodes nearest to {prefix!r} took the record; is this machine's clock right, and are "
-                f"peers reachable? `p2pmoe doctor` checks both"
-            )
-        return taken
-
-    async def _put_many(self, values: Mapping[str, Mapping[int, bytes]], ttl_s: float | None) -> dict[str, int]:
-        self._require_peers()
-
-        async def put(prefix: str, parts: Mapping[int, bytes]) -> int:
-            try:
-                return await self._put(prefix, parts, ttl_s)
-            except PeerUnreachableError:
-                return 0
-
-        taken = await asyncio.gather(*(put(prefix, parts) for prefix, parts in values.items()))
-        return dict(zip(values, taken, strict=True))
-
-    async def _get(self, prefix: str, *, quick: bool) -> list[Record]:
-        self._require_peers()
-        async with self._gets:
-            records = await self.server.get(key_of(self.config.swarm_id, prefix), quick=quick)
-        if self.closed is not None:
-            return list(self._opened(self.closed, prefix, records))
-        if not self._hinted and any(is_wrapped(record.value) for record in records):
-            self._hinted = True
-            log.warning(
-                "records of swarm %r carry delegations: it has an owner, whose public key this side was not told; "
-                "set dht.owner, pass --owner or Swarm(owner=…)",
-                self.config.swarm_id,
-            )
-        return records
-
-    def _opened(self, closed: ClosedSwarm, prefix: str, records: Sequence[Record]) -> Iterator[Record]:
-        for record in records:
-            try:
-                yield closed.open(record, prefix, self.clock())
-            except NotDelegatedError:
-                self.server.undelegated += 1
 
     def _own_delegation(self) -> OwnDelegation | None:
         if self.closed is None:

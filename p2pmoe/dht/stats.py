@@ -58,7 +58,7 @@ def take_stats(peer_id: PeerId, address: str, server: SwarmServer, observations:
         datagrams_out=counters.datagrams_out,
         bytes_in=counters.bytes_in,
         bytes_out=counters.bytes_out,
-        timeouts=counters.timeouts,
+        timeouts=server.protocol.caller.timeouts if server.protocol else 0,
         malformed=counters.malformed,
         unopened=counters.unopened,
         over_budget=counters.over_budget,

@@ -342,7 +342,7 @@ async def test_a_stalled_loop_evicts_nobody(make_peer):
         time.sleep(0.5)  # noqa: ASYNC251 - the stall is what is tested
         assert await task is not None
     assert alice.table.get(bob.node.id).misses == 0
-    assert alice.protocol.counters.timeouts == 0
+    assert alice.protocol.caller.timeouts == 0
 
 
 async def test_many_waiting_replies_are_read_before_anybody_is_called_late(make_peer, make_stranger):
@@ -358,4 +358,4 @@ async def test_many_waiting_replies_are_read_before_anybody_is_called_late(make_
     time.sleep(0.8)  # noqa: ASYNC251 - the stall is what is tested
     await until(lambda: len(answered) == 60)
     assert all(answered)
-    assert alice.protocol.counters.timeouts == 0
+    assert alice.protocol.caller.timeouts == 0
