@@ -92,6 +92,11 @@ class Harvest:
         return any(read.missing for read in self._sets.values())
 
     @property
+    def is_empty(self) -> bool:
+        """True while no record has been found."""
+        return not self._merged
+
+    @property
     def has_complete(self) -> bool:
         """True when some holder's set has been read whole."""
         return any(read.complete for read in self._sets.values())
