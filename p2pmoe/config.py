@@ -60,6 +60,14 @@ class LimitsConfig(Section, frozen=True):
     """How long a caller may pause in the middle of a request body."""
 
 
+class AccessConfig(Section, frozen=True):
+    """`[access]`: who may join and call."""
+
+    swarm_key_path: str | None = None
+    """File with the secret of a private swarm, mode 0600; `p2pmoe id swarm-key new` makes it. Without it the swarm
+    is open to everybody."""
+
+
 class DHTConfig(Section, frozen=True):
     """`[dht]`: the UDP port of the Kademlia node and how it finds the others."""
 
@@ -82,14 +90,6 @@ class DHTConfig(Section, frozen=True):
     """JSON file that remembers peers that answered, so that a restart needs no initial peer."""
     max_source_bytes_per_s: Seconds = 1e6
     """Request and reply bytes that one address (one subnet, from outside the local network) may cost us."""
-
-
-class AccessConfig(Section, frozen=True):
-    """`[access]`: who may join and call."""
-
-    swarm_key_path: str | None = None
-    """File with the secret of a private swarm, mode 0600; `p2pmoe id swarm-key new` makes it. Without it the swarm
-    is open to everybody."""
 
 
 class BatchingConfig(Section, frozen=True):
@@ -160,11 +160,11 @@ class NodeConfig(Section, frozen=True):
     """Threads torch computes with; None leaves torch's default."""
     http: HttpConfig = HttpConfig()
     dht: DHTConfig = DHTConfig()
-    access: AccessConfig = AccessConfig()
     experts: ExpertsConfig = ExpertsConfig()
     batching: BatchingConfig = BatchingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     limits: LimitsConfig = LimitsConfig()
+    access: AccessConfig = AccessConfig()
     log: LogConfig = LogConfig()
 
     @classmethod
