@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from p2pmoe.config import NodeConfig
     from p2pmoe.errors import P2PMoEError
     from p2pmoe.experts.directory import ExpertRecord
-    from p2pmoe.identity import Identity
+    from p2pmoe.identity import Identity, SwarmKey
     from p2pmoe.node import Node, background_node
     from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_pack
     from p2pmoe.protocol.schema import BatchTensorProto
@@ -42,6 +42,7 @@ _HOMES = {
     "RemoteSwitchMixtureOfExperts": "client.switch",
     "Runtime": "server.runtime",
     "Swarm": "client.swarm",
+    "SwarmKey": "identity",
     "TaskPool": "server.task_pool",
     "background_node": "node",
     "nested_compare": "protocol.nested",
@@ -65,6 +66,7 @@ __all__ = [
     "RemoteSwitchMixtureOfExperts",
     "Runtime",
     "Swarm",
+    "SwarmKey",
     "TaskPool",
     "background_node",
     "nested_compare",

@@ -60,6 +60,14 @@ class LimitsConfig(Section, frozen=True):
     """How long a caller may pause in the middle of a request body."""
 
 
+class AccessConfig(Section, frozen=True):
+    """`[access]`: who may join and call."""
+
+    swarm_key_path: str | None = None
+    """File with the secret of a private swarm, mode 0600; `p2pmoe id swarm-key new` makes it. Without it the swarm
+    is open to everybody."""
+
+
 class DHTConfig(Section, frozen=True):
     """`[dht]`: the UDP port of the Kademlia node and how it finds the others."""
 
@@ -70,6 +78,11 @@ class DHTConfig(Section, frozen=True):
     """`HOST:PORT` of nodes that are already in the swarm; any one that answers is enough."""
     swarm_id: str = "p2pmoe"
     """Nodes of different swarms never read each other's records."""
+    owner: str | None = None
+    """Public key (64 hexadecimal digits) of the swarm's owner. The swarm is closed then: only records with a
+    delegation of the owner are stored and believed."""
+    delegation_path: str | None = None
+    """File with the delegation that the owner gave this node; `p2pmoe id delegate` makes it. No secret."""
     ttl_s: Seconds = 60.0
     refresh_s: Seconds = 20.0
     join_timeout_s: Seconds = 5.0
@@ -165,6 +178,7 @@ class NodeConfig(Section, frozen=True):
     optimizer: OptimizerConfig = OptimizerConfig()
     gate: GateConfig = GateConfig()
     limits: LimitsConfig = LimitsConfig()
+    access: AccessConfig = AccessConfig()
     log: LogConfig = LogConfig()
 
     @classmethod

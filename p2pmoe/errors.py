@@ -4,6 +4,7 @@
     ├── LocalError                  our own side: the caller, the file, the machine
     │   ├── ConfigError             node.toml, an environment variable or a flag is wrong
     │   ├── IdentityError           the key file cannot be read, parsed or trusted
+    │   │   └── DelegationError     our delegation for a closed swarm is missing, over, or covers less
     │   ├── AddressInUseError       a port to listen on is taken or not allowed
     │   ├── InvalidUidError         an expert uid or pattern breaks the grammar
     │   ├── SchemaError             arguments do not fit an expert's schema
@@ -20,6 +21,7 @@
         ├── ExpertsUnavailableError rows of a batch that too few experts answered
         ├── RecordError             a DHT record that must not be believed
         │   ├── BadSignatureError
+        │   ├── NotDelegatedError   the owner of the closed swarm did not allow it
         │   ├── ExpiredRecordError
         │   └── StaleRecordError
         └── CallError               a node answered a call with an error
@@ -64,6 +66,10 @@ class IdentityError(LocalError):
     """The key file cannot be read, parsed or trusted."""
 
     exit_code = 4
+
+
+class DelegationError(IdentityError):
+    """Our delegation for a closed swarm is missing, over, somebody else's, or covers less than what we declare."""
 
 
 class AddressInUseError(LocalError, OSError):
@@ -146,6 +152,10 @@ class RecordError(RemoteError, ValueError):
 
 class BadSignatureError(RecordError):
     """The signature does not fit the public key and the bytes."""
+
+
+class NotDelegatedError(RecordError):
+    """In a closed swarm: the record carries no delegation of the owner that is in force and covers it."""
 
 
 class ExpiredRecordError(RecordError):

@@ -25,7 +25,7 @@ from p2pmoe.dht.node import DHTNode
 from p2pmoe.dht.observations import reachable_host
 from p2pmoe.errors import ClosedError, ConfigError
 from p2pmoe.experts.directory import ExpertDirectory
-from p2pmoe.identity import Identity
+from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.metrics import NodeMetrics
 from p2pmoe.rpc.http.server import HttpServer
 from p2pmoe.server.announcer import Announcer
@@ -50,7 +50,7 @@ class Node:
 
     Raises (from `start`):
         ConfigError, InvalidUidError: a setting is wrong.
-        IdentityError: the key file cannot be used.
+        IdentityError: the key file, the swarm key or the delegation cannot be used.
         AddressInUseError: a port is taken.
         BootstrapError: none of `dht.initial_peers` answered.
     """
@@ -70,6 +70,7 @@ class Node:
         self._drain_timeout_s = self.config.http.drain_timeout_s
         self._parts = contextlib.AsyncExitStack()
         self._identity: Identity | None = None
+        self._swarm_key: SwarmKey | None = None
         self._dht: DHTNode | None = None
         self._endpoint: Endpoint | None = None
         self.directory: ExpertDirectory | None = None
@@ -138,6 +139,8 @@ class Node:
             torch.set_num_threads(config.torch_threads)
         self.stage = "identity"
         self._identity = _open_identity(config)
+        key_path = config.access.swarm_key_path
+        self._swarm_key = SwarmKey.load(key_path) if key_path else None
         self.stage = "experts"
         self.backends = self._given + make_backends(config.experts, config.batching, config.optimizer, config.devices)
         guard_experts(self.backends, config.gate, self.metrics)
@@ -179,7 +182,7 @@ class Node:
 
     async def _start_dht(self, parts: contextlib.AsyncExitStack, identity: Identity) -> None:
         config = self.config.dht
-        dht = DHTNode(identity, config)
+        dht = DHTNode(identity, config, swarm_key=self._swarm_key)
         await dht.astart()
         parts.push_async_callback(dht.aclose)
         self._dht = dht

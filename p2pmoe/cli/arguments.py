@@ -29,6 +29,18 @@ SwarmId = Annotated[
     str | None,
     typer.Option("--swarm-id", metavar="NAME", help="The swarm's name, if it is not p2pmoe. [P2PMOE_DHT_SWARM_ID]"),
 ]
+Owner = Annotated[
+    str | None,
+    typer.Option(
+        "--owner", metavar="PUBLIC_KEY", help="Closed swarm: its owner's key, 64 hexadecimal digits. [P2PMOE_DHT_OWNER]"
+    ),
+]
+SwarmKeyFile = Annotated[
+    str | None,
+    typer.Option(
+        "--swarm-key", metavar="FILE", help="Private swarm: the file with its secret. [P2PMOE_ACCESS_SWARM_KEY_PATH]"
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
 Grid = Annotated[str, typer.Option("--grid", metavar="4x4", help="Experts along each dimension of the grid.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]

@@ -26,7 +26,7 @@ EXIT_CODES: Final = {
     1: "something unexpected; P2PMOE_DEBUG=1 or --debug shows the traceback",
     2: "wrong usage: a flag, a uid or a pattern",
     3: "a setting is wrong: node.toml, a P2PMOE_ variable, a flag",
-    4: "the key file cannot be used",
+    4: "a key file or a delegation cannot be used",
     5: "a port is taken or not allowed",
     6: "the swarm: a peer is unreachable, silent, or answered with an error",
     7: "nothing found: no such expert is alive",

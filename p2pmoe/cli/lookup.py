@@ -13,17 +13,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.tree import Tree
 
-from p2pmoe.cli.arguments import AsJson, InitialPeers, SwarmId
+from p2pmoe.cli.arguments import AsJson, InitialPeers, Owner, SwarmId, SwarmKeyFile
 from p2pmoe.cli.failures import raise_on_sigterm
 from p2pmoe.cli.logs import set_up_logs
 from p2pmoe.cli.output import open_console, print_json
-from p2pmoe.cli.settings import load_client_config, split_lists
+from p2pmoe.cli.settings import load_client_config, load_swarm_key, split_lists
 from p2pmoe.cli.survey import Sighting, Survey, format_schema
 from p2pmoe.cli.tree import make_branches, make_tree
-from p2pmoe.config import DHTConfig, LogConfig
+from p2pmoe.config import LogConfig
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.errors import ExpertNotFoundError
-from p2pmoe.experts.directory import ExpertDirectory
+from p2pmoe.experts.directory import ExpertDirectory, ExpertRecord
 from p2pmoe.experts.uid import UidPattern
 from p2pmoe.identity import Identity
 from p2pmoe.rpc.http.documents import HttpDocuments
@@ -35,6 +35,8 @@ def lookup(
     ],
     initial_peers: InitialPeers = None,
     swarm_id: SwarmId = None,
+    owner: Owner = None,
+    swarm_key: SwarmKeyFile = None,
     as_json: AsJson = False,
     tree: Annotated[bool, typer.Option("--tree", help="Show the tree of prefixes with their counts.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again until Ctrl-C.")] = False,
@@ -44,7 +46,8 @@ def lookup(
     """Find experts in the swarm: where they are, what they take, how far away.
 
     With --json one document on a line: a list with an object for every expert and node; with --tree as well, a list
-    of nested prefixes. Every record shown was signed by its node; forged ones are counted and left out.
+    of nested prefixes. Every record shown was signed by its node; forged ones are counted and left out, and so are,
+    in a closed swarm (--owner), those without the owner's delegation.
     Nothing found is exit code 7.
 
     Example: [bold]p2pmoe lookup 'ffn.3.*' --initial-peers 127.0.0.1:31337[/bold]
@@ -52,7 +55,8 @@ def lookup(
     raise_on_sigterm()
     set_up_logs(LogConfig(level="warning"))
     UidPattern.parse(pattern)
-    dht = load_client_config(split_lists(initial_peers) or (), swarm_id)
+    config = load_client_config(split_lists(initial_peers) or (), swarm_id, owner=owner)
+    dht = DHTNode(Identity.generate(), config, client_mode=True, swarm_key=load_swarm_key(swarm_key))
     if watch:
         asyncio.run(_watch(pattern, dht, timeout_s, every_s, as_json=as_json, tree=tree))
         return
@@ -69,24 +73,24 @@ def lookup(
 
 
 @contextlib.asynccontextmanager
-async def _open_survey(dht: DHTConfig, timeout_s: float) -> AsyncIterator[Survey]:
-    async with (
-        DHTNode(Identity.generate(), dht, client_mode=True) as node,
-        HttpDocuments(timeout_s=timeout_s) as documents,
-    ):
-        yield Survey(ExpertDirectory(node), documents)
+async def _open_survey(dht: DHTNode, timeout_s: float) -> AsyncIterator[Survey]:
+    async with dht, HttpDocuments(timeout_s=timeout_s) as documents:
+        yield Survey(ExpertDirectory(dht), documents)
 
 
-async def _look_once(pattern: str, dht: DHTConfig, timeout_s: float) -> list[Sighting]:
+async def _look_once(pattern: str, dht: DHTNode, timeout_s: float) -> list[Sighting]:
     async with _open_survey(dht, timeout_s) as survey:
         sightings = await survey.look(pattern)
-        if survey.forged_records:
-            note = f"{survey.forged_records} records with a wrong signature were left out"
-            open_console(stderr=True).print(note)
+        for count, what in (
+            (survey.forged_records, "with a wrong signature"),
+            (survey.undelegated_records, "without a delegation of the swarm's owner"),
+        ):
+            if count:
+                open_console(stderr=True).print(f"{count} records {what} were left out")
         return sightings
 
 
-async def _watch(pattern: str, dht: DHTConfig, timeout_s: float, every_s: float, *, as_json: bool, tree: bool) -> None:
+async def _watch(pattern: str, dht: DHTNode, timeout_s: float, every_s: float, *, as_json: bool, tree: bool) -> None:
     console = open_console()
     async with _open_survey(dht, timeout_s) as survey:
         live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
@@ -114,6 +118,13 @@ def make_view(pattern: str, sightings: list[Sighting], *, tree: bool) -> Table |
     return make_tree(pattern, [each.record for each in sightings]) if tree else make_table(pattern, sightings)
 
 
+def format_signature(record: ExpertRecord) -> str:
+    """`valid`, and in a closed swarm that its owner let the signer say so, and where."""
+    if record.scope is None:
+        return record.signature
+    return f"{record.signature}, delegated" + (f" {record.scope}*" if record.scope else "")
+
+
 def make_table(pattern: str, sightings: list[Sighting]) -> Table:
     """One row for each expert and node; the nodes of one expert stand below one another."""
     table = Table(title=f"{pattern}: {len(sightings)} found", title_justify="left", box=box.SIMPLE_HEAD)
@@ -133,7 +144,7 @@ def make_table(pattern: str, sightings: list[Sighting]) -> Table:
             format_schema(each.schema).replace("[", r"\["),
             f"{each.age_s:.0f} s",
             f"in {each.expires_in_s:.0f} s",
-            record.signature,
+            format_signature(record).replace("[", r"\["),
             round_trip,
         )
         shown = record.uid

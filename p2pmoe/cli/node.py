@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from p2pmoe.cli.arguments import AsJson, InitialPeers, SwarmId
+from p2pmoe.cli.arguments import AsJson, InitialPeers, Owner, SwarmId, SwarmKeyFile
 from p2pmoe.cli.logs import set_up_logs
 from p2pmoe.cli.output import print_json
 from p2pmoe.cli.process import prepare_process
@@ -46,6 +46,11 @@ def node(
     dht_port: Annotated[int | None, typer.Option("--dht-port", help="UDP port of the DHT; 0 likewise.")] = None,
     identity: Annotated[str | None, typer.Option(metavar="KEY_FILE", help="Key file, made if missing.")] = None,
     swarm_id: SwarmId = None,
+    owner: Owner = None,
+    delegation: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Closed swarm: what its owner gave this node.")
+    ] = None,
+    swarm_key: SwarmKeyFile = None,
     log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option("--log-format", help="text or json.")] = None,
     as_json: AsJson = False,
@@ -66,6 +71,9 @@ def node(
         "dht.host": host,
         "dht.port": dht_port,
         "dht.swarm_id": swarm_id,
+        "dht.owner": owner,
+        "dht.delegation_path": delegation,
+        "access.swarm_key_path": swarm_key,
         "devices": split_lists(device),
         "experts.hidden_dim": hidden_dim,
         "experts.kind": kind,
@@ -94,7 +102,7 @@ async def _serve(config: NodeConfig, *, as_json: bool) -> None:
             if as_json:
                 print_json(_describe(node))
             else:
-                typer.echo(join_line(node.dht_address, config.dht.swarm_id))
+                typer.echo(join_line(node.dht_address, config))
             await signals.wait()
             logger.info("leaving: running calls may end; a second signal ends them")
         finally:
@@ -121,11 +129,15 @@ async def _started(node: Node, signals: StopSignals) -> bool:
         await asyncio.gather(starting, stopping, return_exceptions=True)
 
 
-def join_line(dht_address: str, swarm_id: str) -> str:
-    """The command that starts another node of the same swarm."""
+def join_line(dht_address: str, config: NodeConfig) -> str:
+    """The command that starts another node of the same swarm; files stand for what its keeper has to be given."""
     words = ["p2pmoe", "node", "--initial-peers", dht_address]
-    if swarm_id != NodeConfig().dht.swarm_id:
-        words += ["--swarm-id", swarm_id]
+    if config.dht.swarm_id != NodeConfig().dht.swarm_id:
+        words += ["--swarm-id", config.dht.swarm_id]
+    if config.dht.owner is not None:
+        words += ["--owner", config.dht.owner, "--identity", "KEY_FILE", "--delegation", "FILE"]
+    if config.access.swarm_key_path is not None:
+        words += ["--swarm-key", "FILE"]
     return shlex.join(words)
 
 
@@ -135,5 +147,5 @@ def _describe(node: Node) -> dict[str, Any]:
         "dht_address": node.dht_address,
         "endpoint": node.endpoint.url,
         "experts": [backend.name for backend in node.backends],
-        "join": join_line(node.dht_address, node.config.dht.swarm_id),
+        "join": join_line(node.dht_address, node.config),
     }

@@ -16,13 +16,14 @@ import msgspec
 
 from p2pmoe.config import DHTConfig, NodeConfig, Section, parse_host_port
 from p2pmoe.errors import ConfigError
+from p2pmoe.identity import SwarmKey
 
 PREFIX: Final = "P2PMOE_"
 OF_THE_COMMAND: Final = frozenset({"P2PMOE_DEBUG"})
 """Variables that are no setting of a node."""
 OF_THE_TESTS: Final = "P2PMOE_TEST_"
 
-_CLIENT_KEYS: Final = ("initial_peers", "swarm_id", "join_timeout_s")
+_CLIENT_KEYS: Final = ("initial_peers", "swarm_id", "owner", "join_timeout_s")
 
 
 def key_paths(section: type[msgspec.Struct] = NodeConfig, prefix: str = "") -> Iterator[str]:
@@ -102,14 +103,18 @@ def load_node_config(
 
 
 def load_client_config(
-    initial_peers: Sequence[str], swarm_id: str | None, environ: Mapping[str, str] | None = None
+    initial_peers: Sequence[str],
+    swarm_id: str | None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    owner: str | None = None,
 ) -> DHTConfig:
     """The `[dht]` section for a command that only asks: where the swarm is, on a port that the system picks.
 
     Raises:
         ConfigError: as `load_node_config`, or no initial peer is given anywhere.
     """
-    flags = {"dht.initial_peers": tuple(initial_peers) or None, "dht.swarm_id": swarm_id}
+    flags = {"dht.initial_peers": tuple(initial_peers) or None, "dht.swarm_id": swarm_id, "dht.owner": owner}
     config = load_node_config(None, flags, environ).dht
     if not config.initial_peers:
         raise ConfigError(
@@ -119,6 +124,12 @@ def load_client_config(
     for peer in config.initial_peers:
         parse_host_port(peer, what="initial peer")
     return DHTConfig(**{key: getattr(config, key) for key in _CLIENT_KEYS})
+
+
+def load_swarm_key(path: str | None, environ: Mapping[str, str] | None = None) -> SwarmKey | None:
+    """The secret of a private swarm for a command that only asks; None for an open one. Raises IdentityError."""
+    found = load_node_config(None, {"access.swarm_key_path": path}, environ).access.swarm_key_path
+    return SwarmKey.load(found) if found else None
 
 
 def split_lists(values: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -57,6 +57,7 @@ class Sighting:
             "expires_at": self.record.expires_at,
             "expires_in_s": round(self.expires_in_s, 3),
             "signature": self.record.signature,
+            "delegated_scope": self.record.scope,
             "public_key": public_key.hex() if public_key else None,
             "providers": list(self.providers),
             "round_trip_ms": None if self.round_trip_ms is None else round(self.round_trip_ms, 3),
@@ -104,6 +105,11 @@ class Survey:
     def forged_records(self) -> int:
         """Records with a wrong signature that were read so far, and left out."""
         return self._directory.forged_records
+
+    @property
+    def undelegated_records(self) -> int:
+        """In a closed swarm: records without the owner's delegation that were read so far, and left out."""
+        return self._directory.undelegated_records
 
     async def _visit(self, endpoint: Endpoint, uids: dict[str, str]) -> float | None:
         """The round trip in milliseconds; learns the schemas of `uids` (digest -> uid) on the way."""

@@ -27,7 +27,7 @@ from p2pmoe.errors import (
 )
 from p2pmoe.experts.directory import ExpertDirectory, ExpertRecord, Provider
 from p2pmoe.experts.uid import parse_uid
-from p2pmoe.identity import Identity
+from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.rpc.base import Transport
 from p2pmoe.rpc.http.client import HttpTransport
 from p2pmoe.types import WIRE_VERSION, PeerId
@@ -47,6 +47,9 @@ class Swarm:
         initial_peers: `HOST:PORT` of DHT nodes; any one that answers is enough.
         identity: the key that this client signs with; a fresh one by default.
         swarm_id: which swarm's records to read.
+        owner: public key (64 hexadecimal digits) of a closed swarm's owner; only its members' experts are found then.
+        swarm_key: the secret of a private swarm.
+        dht_config: all settings of the DHT, in the place of `initial_peers`, `swarm_id` and `owner`.
         directory, transport: replace the DHT and HTTP, e.g. by `StaticDirectory` and `MemoryTransport` in tests.
         timeout_s: how long finding experts may take.
         check_finite: refuse replies with NaN or infinite values; turn it off for experts that give such on purpose.
@@ -56,7 +59,7 @@ class Swarm:
         verify_seed: decides which calls; None is unpredictable.
 
     Raises:
-        ConfigError: a verify option is out of range.
+        ConfigError: a verify option is out of range, or `owner` is no public key.
         BootstrapError: none of the initial peers answered (from `start`).
     """
 
@@ -66,6 +69,8 @@ class Swarm:
         *,
         identity: Identity | None = None,
         swarm_id: str = "p2pmoe",
+        owner: str | None = None,
+        swarm_key: SwarmKey | None = None,
         dht_config: DHTConfig | None = None,
         directory: Directory | None = None,
         transport: Transport | None = None,
@@ -80,8 +85,8 @@ class Swarm:
         self.check_finite = check_finite
         self._dht: DHTNode | None = None
         if directory is None:
-            config = dht_config or DHTConfig(initial_peers=tuple(initial_peers), swarm_id=swarm_id)
-            self._dht = DHTNode(identity or Identity.generate(), config, client_mode=True)
+            config = dht_config or DHTConfig(initial_peers=tuple(initial_peers), swarm_id=swarm_id, owner=owner)
+            self._dht = DHTNode(identity or Identity.generate(), config, client_mode=True, swarm_key=swarm_key)
             directory = ExpertDirectory(self._dht)
         self.directory: Directory = directory
         self.trust = Trust(directory)

@@ -11,7 +11,7 @@ from p2pmoe.dht.tokens import AMPLIFICATION, WriteTokens, source_of
 from p2pmoe.dht.validation import RecordTrust, status_of
 from p2pmoe.errors import DecodeError, EncodeError, RecordError
 from p2pmoe.protocol.datagrams import (
-    MAX_DATAGRAM_BYTES,
+    PLAIN,
     Address,
     Find,
     Found,
@@ -21,6 +21,7 @@ from p2pmoe.protocol.datagrams import (
     Pong,
     Reply,
     Request,
+    Sizes,
     Status,
     Store,
     Stored,
@@ -33,7 +34,9 @@ FOUND_BYTES: Final = 80
 """What a Found takes besides contacts and records, at most."""
 PACKED_CONTACT_BYTES: Final = 38
 BAD_SIGNATURE_COST_BYTES: Final = 4096
-"""A wrong signature costs us a tenth of a millisecond; it is charged like this many bytes."""
+"""A wrong signature, the owner's included, costs us a tenth of a millisecond; it is charged like this many bytes."""
+
+_COSTLY: Final = frozenset({Status.BAD_SIGNATURE, Status.NOT_DELEGATED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,14 @@ class Answer:
 class Answers:
     """The RPCs' table: one method per kind of request."""
 
-    def __init__(self, own_id: bytes, table: ContactTable, store: RecordStore, trust: RecordTrust) -> None:
+    def __init__(
+        self, own_id: bytes, table: ContactTable, store: RecordStore, trust: RecordTrust, sizes: Sizes = PLAIN
+    ) -> None:
         self._own_id = own_id
         self._table = table
         self._store = store
         self._trust = trust
+        self._max_bytes = sizes.datagram
         self._tokens: WriteTokens | None = None
 
     def to(self, request: Request, address: Address, size: int, now: float, wall_s: float) -> Answer:
@@ -67,7 +73,7 @@ class Answers:
             return Answer(Pong(request.id, self._own_id, fresh, _packed(address), int(wall_s * 1000)))
         proven = self._tokens.holds(request.token, address, now)
         if isinstance(request, Find):
-            limit = MAX_DATAGRAM_BYTES if proven else min(AMPLIFICATION * size, MAX_DATAGRAM_BYTES)
+            limit = self._max_bytes if proven else min(AMPLIFICATION * size, self._max_bytes)
             return Answer(self._found(request, fresh, limit, wall_s))
         if isinstance(request, Page):
             return Answer(self._paged(request, fresh, wall_s, proven=proven))
@@ -75,7 +81,7 @@ class Answers:
 
     def _found(self, request: Find, token: bytes, limit: int, wall_s: float) -> Found:
         view = self._store.view(request.key, wall_s)
-        first = list(view.pages[0]) if view.pages and limit >= MAX_DATAGRAM_BYTES else []
+        first = list(view.pages[0]) if view.pages and limit >= self._max_bytes else []
         want = min(request.want, CONTACTS_BESIDE_RECORDS) if first else request.want
         want = max(0, min(want, (limit - FOUND_BYTES) // PACKED_CONTACT_BYTES))
         nearest = self._table.closest(int.from_bytes(request.key, "big"), want + 1, answering_only=True)
@@ -98,7 +104,7 @@ class Answers:
         return Answer(
             Stored(request.id, self._own_id, token, bytes(statuses)),
             refused=sum(status is not Status.STORED for status in statuses),
-            cost_bytes=BAD_SIGNATURE_COST_BYTES * statuses.count(Status.BAD_SIGNATURE),
+            cost_bytes=BAD_SIGNATURE_COST_BYTES * sum(status in _COSTLY for status in statuses),
         )
 
     def _admit(self, key: bytes, raw: bytes, source: str, nearer: int, wall_s: float) -> Status:

@@ -87,11 +87,13 @@ class Crawl:
             )
         if not self.lookup.done:
             return
-        if self.harvest is None or not self.harvest.is_reading:
+        if self.harvest is not None and self.harvest.is_reading:
+            if self.harvest.has_complete:
+                # A holder that names pages without end, or doles them out, holds nobody up for long.
+                self._grace = self._grace or self._loop.call_later(READING_GRACE_S, self._finish)
+        elif self.harvest is None or not self.harvest.is_empty or not self.lookup.is_hasty:
+            # Else: on a line that loses much, or on a starved machine, the holders may all be among the late ones.
             self._finish()
-        elif self.harvest.has_complete and self._grace is None:
-            # A holder that names pages without end, or doles them out, holds nobody up for long.
-            self._grace = self._loop.call_later(READING_GRACE_S, self._finish)
 
     def _finish(self) -> None:
         if not self._finished.done():

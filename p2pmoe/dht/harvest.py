@@ -12,7 +12,7 @@ from typing import Final
 
 from p2pmoe.dht.store import digest_of
 from p2pmoe.dht.validation import RecordTrust
-from p2pmoe.errors import BadSignatureError, DecodeError, RecordError
+from p2pmoe.errors import BadSignatureError, DecodeError, NotDelegatedError, RecordError
 from p2pmoe.protocol.datagrams import Contact, Found, Paged
 from p2pmoe.protocol.records import Record, Slot
 
@@ -46,6 +46,7 @@ class Harvest:
         self.pages_asked = 0
         self.rejected = 0
         self.forged = 0
+        self.undelegated = 0
         self._trust = trust
         self._sets: dict[bytes, _RecordSetRead] = {}
         self._empty_handed: list[Contact] = []
@@ -89,6 +90,11 @@ class Harvest:
     def is_reading(self) -> bool:
         """True while pages are missing."""
         return any(read.missing for read in self._sets.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """True while no record has been found."""
+        return not self._merged
 
     @property
     def has_complete(self) -> bool:
@@ -157,6 +163,7 @@ class Harvest:
             except (DecodeError, RecordError) as error:
                 self.rejected += 1
                 self.forged += isinstance(error, BadSignatureError)
+                self.undelegated += isinstance(error, NotDelegatedError)
                 continue
             read.records[record.slot] = record
             newest = self._merged.get(record.slot)

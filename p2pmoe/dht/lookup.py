@@ -25,12 +25,15 @@ class State(enum.Enum):
     ASKED = "asked"
     SLOW = "slow"
     LATE = "late"
+    GIVEN_UP = "given up"
+    """Late, and it has missed requests before."""
     ANSWERED = "answered"
     FAILED = "failed"
 
 
 _AWAITED: Final = frozenset({State.NEW, State.ASKED, State.SLOW})
-_DISAPPOINTING: Final = frozenset({State.SLOW, State.LATE, State.FAILED})
+_DISAPPOINTING: Final = frozenset({State.SLOW, State.LATE, State.GIVEN_UP, State.FAILED})
+_OVERDUE: Final = frozenset({State.LATE, State.GIVEN_UP})
 _IN_VIEW: Final = frozenset({State.NEW, State.ASKED, State.ANSWERED})
 """What counts towards the `width` candidates worth asking: others are asked in the place of a slow one."""
 
@@ -67,7 +70,7 @@ class Lookup:
             self.add(contact)
 
     def add(self, contact: Contact, *, doubtful: bool = False, hop: int = 1) -> None:
-        """A further candidate. `doubtful`: it missed a request before; slow counts as late then, and late as failed.
+        """A further candidate. `doubtful`: it missed a request before; slow counts as late then, and late as given up.
 
         `hop` counts the requests on the way to it: 1 for those that we knew before.
         """
@@ -116,7 +119,7 @@ class Lookup:
         """Its answer takes longer than a retransmission timeout."""
         candidate = self._candidates[contact]
         if candidate.state in {State.ASKED, State.SLOW, State.LATE}:
-            self._leave(candidate, State.FAILED if candidate.doubtful else State.LATE)
+            self._leave(candidate, State.GIVEN_UP if candidate.doubtful else State.LATE)
 
     def failed(self, contact: Contact) -> None:
         """It will not answer."""
@@ -134,8 +137,17 @@ class Lookup:
             if in_front >= self.width:
                 return True
         # In a swarm smaller than the width a dead node must not hold up every look-up until it is given up.
-        is_late = any(candidate.state is State.LATE for candidate in self._candidates.values())
-        return not is_late or in_front >= MIN_ANSWERS
+        states = {candidate.state for candidate in self._candidates.values()}
+        if State.LATE in states:
+            return in_front >= MIN_ANSWERS
+        # Where nobody has answered, even those given up are worth waiting for: it may be us who are slow.
+        return in_front > 0 or State.GIVEN_UP not in states
+
+    @property
+    def is_hasty(self) -> bool:
+        """True when most of the nearest have not had their say yet: too few to believe that there is nothing."""
+        nearest = [self._candidates[contact].state for _, contact in self._order[: self.width]]
+        return 2 * sum(state in _OVERDUE for state in nearest) > len(nearest)
 
     def nearest(self, count: int | None = None) -> list[Contact]:
         """Those that answered, nearest first."""

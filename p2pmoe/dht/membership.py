@@ -171,8 +171,15 @@ class Membership:
         peers = ", ".join(self._config.initial_peers) or "none given"
         return (
             f"no peer of the DHT answers (initial peers: {peers}); check that a node runs there and that UDP "
-            f"reaches it, or pass another with --initial-peers HOST:PORT"
+            f"reaches it, or pass another with --initial-peers HOST:PORT; {self._about_keys()}"
         )
+
+    def _about_keys(self) -> str:
+        if self._server.sealer is None:
+            return "a private swarm answers only those who have its key: set access.swarm_key_path or pass --swarm-key"
+        strange = self._server.protocol.counters.unopened if self._server.protocol else 0
+        heard = f" ({strange} datagrams came that ours does not open)" if strange else ""
+        return f"a private swarm answers only those who have its key: is our swarm key the one that they have{heard}?"
 
     def _log_no_peers(self) -> None:
         if self._may_log():

@@ -9,27 +9,27 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from p2pmoe.config import DHTConfig
 from p2pmoe.dht.addresses import bind, client_host
 from p2pmoe.dht.loop_thread import LoopThread
 from p2pmoe.dht.membership import Membership
 from p2pmoe.dht.observations import Observations
+from p2pmoe.dht.ownership import ClosedSwarm, OwnDelegation, parse_owner
+from p2pmoe.dht.records import NodeRecords
 from p2pmoe.dht.server import SwarmServer
+from p2pmoe.dht.signing import RecordSigner
 from p2pmoe.dht.state_file import load_state, save_state
 from p2pmoe.dht.stats import DHTStats, take_stats
-from p2pmoe.errors import BootstrapError, PeerUnreachableError
-from p2pmoe.identity import Identity
+from p2pmoe.errors import BootstrapError, ConfigError
+from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.protocol.datagrams import Address
-from p2pmoe.protocol.records import Record, key_of, sign_record
+from p2pmoe.protocol.records import Record
 from p2pmoe.types import PeerId, format_host_port
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-MAX_CONCURRENT_PUTS: Final = 16
-MAX_CONCURRENT_GETS: Final = 16
 
 
 class DHTNode:
@@ -39,7 +39,11 @@ class DHTNode:
         identity: Whose records it signs; its node id is the identity's.
         config: The `[dht]` section.
         client_mode: Reads and writes, but answers nobody and is in nobody's table.
+        swarm_key: The secret of a private swarm: every datagram is sealed with it.
         clock: Seconds since 1970, by which records are judged.
+
+    Raises:
+        ConfigError: `config.owner` is no public key, or `config.delegation_path` is set without it.
     """
 
     def __init__(
@@ -48,23 +52,32 @@ class DHTNode:
         config: DHTConfig | None = None,
         *,
         client_mode: bool = False,
+        swarm_key: SwarmKey | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.identity = identity
         self.config = config or DHTConfig()
         self.client_mode = client_mode
         self.clock = clock
+        owner = self.config.owner
+        self.closed = None if owner is None else ClosedSwarm(parse_owner(owner), self.config.swarm_id)
+        self._delegation = self._own_delegation()
+        self.signer = RecordSigner(identity, self.config.swarm_id, clock, self._delegation)
         self.server = SwarmServer(
             identity.node_id,
             self.config.swarm_id,
             client_mode=client_mode,
             clock=clock,
             source_bytes_per_s=self.config.max_source_bytes_per_s,
+            closed=self.closed,
+            swarm_key=swarm_key,
+        )
+        self._records = NodeRecords(
+            self.server, self.signer, self.config, closed=self.closed, require_peers=self._require_peers
         )
         self.membership = Membership(self.server, self.config, on_round=self._save_state)
         self._thread = LoopThread(f"p2pmoe-dht-{identity.peer_id[:8]}")
         self._address: Address | None = None
-        self._sequence = 0
         self._started = False
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -79,11 +92,14 @@ class DHTNode:
         Raises:
             AddressInUseError: the port is taken or not allowed.
             ConfigError: the host or an initial peer is no address.
+            DelegationError: the file at `delegation_path` holds no delegation for us.
             BootstrapError: no initial peer answered.
         """
         if self._started:
             raise RuntimeError("a DHTNode is started once; make a new one")
         self._started = True
+        if self._delegation is not None:
+            self._delegation.load()
         self._load_state()
         host = client_host(self.config.initial_peers) if self._binds_for_peers() else self.config.host
         sock = bind(host, self.config.port)
@@ -176,19 +192,22 @@ class DHTNode:
 
         Raises:
             EncodeError: a value is too long or a part too high.
+            DelegationError: in a closed swarm, the owner does not let us write there.
             BootstrapError: no peer is known.
             PeerUnreachableError: nobody took them.
             ClosedError: the node is not running.
         """
         parts = dict(values) if isinstance(values, Mapping) else dict(enumerate(values))
-        return await self.call(lambda: self._put(prefix, parts, ttl_s))
+        return await self.call(lambda: self._records.put(prefix, parts, ttl_s))
 
     async def put_many(self, values: Mapping[str, Mapping[int, bytes]], ttl_s: float | None = None) -> dict[str, int]:
         """`put` for many prefixes at once; a prefix that nobody took counts 0 and raises nothing."""
-        return await self.call(lambda: self._put_many(values, ttl_s))
+        return await self.call(lambda: self._records.put_many(values, ttl_s))
 
     async def get(self, prefix: str, *, quick: bool = False) -> list[Record]:
         """The live records under a prefix's key, signatures checked: the newest of every signer and part.
+
+        In a closed swarm each carries its `scope`, and its `value` is the payload beside the delegation.
 
         Args:
             prefix: Names the key, with the swarm's id.
@@ -198,7 +217,7 @@ class DHTNode:
             BootstrapError: no peer is known.
             ClosedError: the node is not running.
         """
-        return await self.call(lambda: self._get(prefix, quick=quick))
+        return await self.call(lambda: self._records.get(prefix, quick=quick))
 
     async def call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Await `make()` on the DHT's loop, from any loop. Cancelling cancels it. Raises ClosedError."""
@@ -218,10 +237,8 @@ class DHTNode:
     async def _main(
         self, sock: socket.socket, ready: Callable[[], None], stopping: asyncio.Event, *, wait_for_peers: bool
     ) -> None:
-        self._puts = asyncio.Semaphore(MAX_CONCURRENT_PUTS)
-        self._gets = asyncio.Semaphore(MAX_CONCURRENT_GETS)
         await self.server.open(sock)
-        self.server.protocol.on_seen = self.membership.on_seen
+        self.server.protocol.caller.on_seen = self.membership.on_seen
         upkeep: asyncio.Task[None] | None = None
         try:
             if self.membership.wants_peers:
@@ -236,51 +253,12 @@ class DHTNode:
             self._save_state()
             await self.server.close()
 
-    async def _put(self, prefix: str, parts: Mapping[int, bytes], ttl_s: float | None) -> int:
-        self._require_peers()
-        async with self._puts:
-            key = key_of(self.config.swarm_id, prefix)
-            now = self.clock()
-            expires_at_ms = int((now + (self.config.ttl_s if ttl_s is None else ttl_s)) * 1000)
-            records = [
-                sign_record(
-                    self.identity,
-                    key,
-                    value,
-                    part=part,
-                    sequence=self._next_sequence(now),
-                    expires_at_ms=expires_at_ms,
-                )
-                for part, value in parts.items()
-            ]
-            taken = await self.server.set(key, records)
-        if not taken:
-            raise PeerUnreachableError(
-                f"none of the nodes nearest to {prefix!r} took the record; is this machine's clock right, and are "
-                f"peers reachable? `p2pmoe doctor` checks both"
-            )
-        return taken
-
-    async def _put_many(self, values: Mapping[str, Mapping[int, bytes]], ttl_s: float | None) -> dict[str, int]:
-        self._require_peers()
-
-        async def put(prefix: str, parts: Mapping[int, bytes]) -> int:
-            try:
-                return await self._put(prefix, parts, ttl_s)
-            except PeerUnreachableError:
-                return 0
-
-        taken = await asyncio.gather(*(put(prefix, parts) for prefix, parts in values.items()))
-        return dict(zip(values, taken, strict=True))
-
-    async def _get(self, prefix: str, *, quick: bool) -> list[Record]:
-        self._require_peers()
-        async with self._gets:
-            return await self.server.get(key_of(self.config.swarm_id, prefix), quick=quick)
-
-    def _next_sequence(self, now: float) -> int:
-        self._sequence = max(int(now * 1e6), self._sequence + 1)
-        return self._sequence
+    def _own_delegation(self) -> OwnDelegation | None:
+        if self.closed is None:
+            if self.config.delegation_path:
+                raise ConfigError("dht.delegation_path needs dht.owner: the public key of the swarm's owner")
+            return None
+        return OwnDelegation(self.config.delegation_path, self.closed, self.identity.public_key)
 
     def _require_peers(self) -> None:
         if self.peer_count == 0 and (self.client_mode or self.config.initial_peers):
@@ -292,14 +270,14 @@ class DHTNode:
     def _load_state(self) -> None:
         if self.config.state_path:
             state = load_state(Path(self.config.state_path))
-            self._sequence = state.sequence
+            self.signer.last_sequence = state.sequence
             self.membership.remember(reversed(state.peers))
 
     def _save_state(self) -> None:
         if not self.config.state_path:
             return
         try:
-            save_state(Path(self.config.state_path), self.membership.peers, self._sequence)
+            save_state(Path(self.config.state_path), self.membership.peers, self.signer.last_sequence)
         except OSError as error:
             log.warning("the DHT's peers cannot be saved to %s: %s", self.config.state_path, error.strerror)
 

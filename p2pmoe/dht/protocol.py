@@ -7,9 +7,7 @@ bound to id, address and kind, retransmissions, budgets. Nothing a stranger send
 from __future__ import annotations
 
 import asyncio
-import secrets
 import socket
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,35 +15,32 @@ from typing import Any, Final
 from kademlia.protocol import KademliaProtocol
 
 from p2pmoe.dht.answers import Answers
-from p2pmoe.dht.calls import Call, CallBook, Delay
+from p2pmoe.dht.caller import MAX_DRAIN, Caller
 from p2pmoe.dht.contacts import ContactTable
 from p2pmoe.dht.datagram_socket import DatagramSocket, plain_address
-from p2pmoe.dht.requests import MakeRequest, ping_message, store_message
+from p2pmoe.dht.requests import ping_message, store_message
+from p2pmoe.dht.sealing import Sealer
 from p2pmoe.dht.store import RecordStore
 from p2pmoe.dht.tokens import SourceBudgets, source_of
 from p2pmoe.dht.validation import RecordTrust
 from p2pmoe.errors import DecodeError
 from p2pmoe.protocol.datagrams import (
-    CALL_ID_BYTES,
+    PLAIN,
+    SEALED,
     Address,
     Contact,
     Found,
     Paged,
     Pong,
-    Reply,
     Request,
     Status,
     Stored,
     decode_datagram,
     encode_datagram,
-    unpack_address,
     unpack_contacts,
 )
 
 MAX_VERIFY_PINGS: Final = 16
-MAX_TOKENS: Final = 4096
-MAX_DRAIN: Final = 64
-STALL_S: Final = 0.05
 
 
 @dataclass(slots=True)
@@ -57,8 +52,9 @@ class Counters:
     bytes_in: int = 0
     bytes_out: int = 0
     malformed: int = 0
+    unopened: int = 0
+    """Not sealed with our swarm key, or seen before."""
     over_budget: int = 0
-    timeouts: int = 0
     records_refused: int = 0
 
 
@@ -77,6 +73,7 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         clock: Callable[[], float],
         sock: socket.socket,
         client_mode: bool = False,
+        sealer: Sealer | None = None,
     ) -> None:
         super().__init__(table.node, store, table.ksize)
         self.router = table
@@ -84,24 +81,27 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         self.store: RecordStore = store
         self.trust = trust
         self.counters = Counters()
-        self.book = CallBook()
         self.client_mode = client_mode
         self._socket = DatagramSocket(sock)
         self.transmit: Callable[[bytes, Address], None] = self._socket.send
         """What sends; tests put a bad line in its place."""
-        self.on_seen: Callable[[Address, Address, float], None] | None = None
-        self._own_id = own_id
-        self._sender = b"" if client_mode else own_id
+        self.caller = Caller(
+            sender=b"" if client_mode else own_id,
+            header=header,
+            table=table,
+            send=self._send,
+            drain=self._drain,
+        )
+        self.book = self.caller.book
+        self.call = self.caller.call
+        self.ask = self.caller.ask
         self._header = header
         self.budgets = budgets
-        self._answers = Answers(own_id, table, store, trust)
+        self._sealer = sealer
+        self._answers = Answers(own_id, table, store, trust, SEALED if sealer else PLAIN)
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._tokens_held: OrderedDict[Address, bytes] = OrderedDict()
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
         self._verifying: set[Address] = set()
-        self._last_reply_at = 0.0
         self._closed = False
 
     def __getattr__(self, name: str) -> Any:
@@ -137,69 +137,37 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         self.counters.datagrams_in += 1
         self.counters.bytes_in += len(data)
         address = plain_address(addr)
+        datagram = self._sealer.open(data) if self._sealer else data
+        if datagram is None:
+            self.counters.unopened += 1
+            self.budgets.charge(source_of(address), len(data), self._loop.time())
+            return
         try:
-            message = decode_datagram(self._header, data)
+            message = decode_datagram(self._header, datagram)
         except DecodeError:
             self.counters.malformed += 1
             return
         if isinstance(message, Pong | Found | Paged | Stored):
-            self._take_reply(message, address)
+            if not self.caller.take_reply(message, address):
+                self.counters.malformed += 1
         elif not self.client_mode:
-            self._take_request(message, address, len(data))
+            self._take_request(message, address, len(datagram))
 
     def _send(self, datagram: bytes, address: Address) -> None:
         if self._closed:
             return
+        if self._sealer is not None:
+            datagram = self._sealer.seal(datagram)
         self.counters.datagrams_out += 1
         self.counters.bytes_out += len(datagram)
         self.transmit(datagram, address)
 
     def close(self) -> None:
-        """Stop the timer and fail what is under way."""
-        if self._closed:
-            return
+        """Fail what is under way; send nothing more."""
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
-        for call in self.book.cancel_all():
-            call.on_done(None)
+        self.caller.close()
 
     # --- requests of ours -------------------------------------------------------------------------------------
-
-    def call(
-        self,
-        contact: Contact | Address,
-        make: MakeRequest,
-        on_done: Callable[[Reply | None], None],
-        on_delay: Callable[[Delay], None] | None = None,
-    ) -> Call | None:
-        """Send `make(id, sender, token)` and have the reply, or None after the last timeout, passed to `on_done`.
-
-        A plain address is asked whoever is there. None when too many calls wait already; `on_done` was called.
-        """
-        node_id, address = (contact.node_id, contact.address) if isinstance(contact, Contact) else (None, contact)
-        request = make(secrets.token_bytes(CALL_ID_BYTES), self._sender, self._tokens_held.get(address, b""))
-        call = Call(request, encode_datagram(self._header, request), address, node_id, on_done, on_delay)
-        if self._closed or not self.book.add(call):
-            on_done(None)
-            return None
-        self._start_calls()
-        return call
-
-    async def ask(self, contact: Contact | Address, make: MakeRequest) -> Reply | None:
-        """`call`, awaited. None: nobody answered. Cancelling forgets the call."""
-        answer: asyncio.Future[Reply | None] = self._loop.create_future()
-
-        def settle(reply: Reply | None) -> None:
-            if not answer.done():
-                answer.set_result(reply)
-
-        call = self.call(contact, make, settle)
-        try:
-            return await answer
-        finally:
-            if call is not None:
-                self.book.cancel(call)
 
     def now(self) -> float:
         """The time that records are judged by, in seconds since 1970."""
@@ -220,69 +188,6 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
             if Status.BAD_TOKEN not in statuses:
                 break
         return statuses
-
-    def _start_calls(self) -> None:
-        for call in self.book.startable(self._loop.time()):
-            self._send(call.datagram, call.address)
-        self._set_timer()
-
-    def _set_timer(self) -> None:
-        at = self.book.next_due
-        if at is None or self._closed:
-            return
-        if self._timer is not None:
-            if self._timer_at <= at:
-                return
-            self._timer.cancel()
-        self._timer_at = at
-        self._timer = self._loop.call_at(at, self._on_timer)
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        stall_s = self._loop.time() - self._timer_at
-        # Replies may wait in the socket while the timer is run: read them before anybody is called late.
-        drained = self._drain()
-        if stall_s > STALL_S or drained >= MAX_DRAIN:
-            self.book.postpone(max(stall_s, STALL_S))
-        due = self.book.due(self._loop.time())
-        for call in due.resend:
-            self._send(call.datagram, call.address)
-        for call in due.delayed:
-            if call.on_delay is not None:
-                call.on_delay(call.delay)
-        for call in due.failed:
-            self.counters.timeouts += 1
-            if call.node_id is not None:
-                heard_others = self._last_reply_at > call.first_sent_at
-                self.table.missed(Contact(call.node_id, *call.address), heard_others=heard_others)
-            call.on_done(None)
-        self._start_calls()
-
-    def _take_reply(self, reply: Reply, address: Address) -> None:
-        call = self.book.replied(reply, address, self._loop.time())
-        if call is None:
-            self.counters.malformed += 1
-            return
-        self._last_reply_at = self._loop.time()
-        if call.node_id is not None and reply.sender != call.node_id:
-            self.table.forget(Contact(call.node_id, *address))
-            call.on_done(None)
-        else:
-            self._keep_token(address, reply.token)
-            if reply.sender:
-                self.table.heard_from(Contact(reply.sender, *address), self._loop.time())
-            if isinstance(reply, Pong) and self.on_seen is not None:
-                seen = unpack_address(reply.seen)
-                if seen is not None:
-                    self.on_seen(address, seen, reply.time_ms / 1000)
-            call.on_done(reply)
-        self._start_calls()
-
-    def _keep_token(self, address: Address, token: bytes) -> None:
-        self._tokens_held[address] = token
-        self._tokens_held.move_to_end(address)
-        if len(self._tokens_held) > MAX_TOKENS:
-            self._tokens_held.popitem(last=False)
 
     # --- requests of others -----------------------------------------------------------------------------------
 

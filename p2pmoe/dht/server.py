@@ -18,15 +18,19 @@ from kademlia.network import Server
 from p2pmoe.dht.contacts import BUCKET_SIZE, ContactTable
 from p2pmoe.dht.crawl import ALPHA, Crawl
 from p2pmoe.dht.harvest import Harvest
+from p2pmoe.dht.ownership import ClosedSwarm
 from p2pmoe.dht.protocol import DatagramProtocol
 from p2pmoe.dht.requests import ping_message
+from p2pmoe.dht.sealing import Sealer
 from p2pmoe.dht.store import RecordStore
 from p2pmoe.dht.tokens import SourceBudgets
 from p2pmoe.dht.validation import REPLICAS, RecordTrust
 from p2pmoe.errors import DecodeError, RecordError
+from p2pmoe.identity import SwarmKey
 from p2pmoe.protocol.datagrams import (
-    MAX_PAGE_BYTES,
+    PLAIN,
     RECORD_OVERHEAD_BYTES,
+    SEALED,
     Address,
     Contact,
     Reply,
@@ -58,19 +62,26 @@ class SwarmServer(Server):  # type: ignore[misc]
         client_mode: bool = False,
         clock: Callable[[], float] = time.time,
         source_bytes_per_s: float = 1e6,
+        closed: ClosedSwarm | None = None,
+        swarm_key: SwarmKey | None = None,
     ) -> None:
         super().__init__(ksize=BUCKET_SIZE, alpha=ALPHA, node_id=node_id)
-        self.storage = RecordStore()  # not as an argument: an empty store is false, and would be replaced
+        self.header = header_of(swarm_id)
+        self.sealer = Sealer(swarm_key, self.header) if swarm_key else None
+        self._sizes = SEALED if swarm_key else PLAIN
+        # Not as an argument: an empty store is false, and would be replaced.
+        self.storage = RecordStore(sizes=self._sizes)
         self.client_mode = client_mode
         self.clock = clock
         self.table = ContactTable(node_id, BUCKET_SIZE)
-        self.trust = RecordTrust(self.storage)
+        self.trust = RecordTrust(self.storage, closed=closed)
         self.budgets = SourceBudgets(source_bytes_per_s, 2 * source_bytes_per_s)
-        self.header = header_of(swarm_id)
         self.lookups = 0
         self.repairs = 0
         self.forged = 0
         """Records with a wrong signature that holders answered with."""
+        self.undelegated = 0
+        """Records without the owner's leave, in a closed swarm, that holders answered with."""
         self._repairing: set[asyncio.Task[None]] = set()
 
     def _create_protocol(self, sock: socket.socket) -> DatagramProtocol:
@@ -84,6 +95,7 @@ class SwarmServer(Server):  # type: ignore[misc]
             clock=self.clock,
             sock=sock,
             client_mode=self.client_mode,
+            sealer=self.sealer,
         )
 
     async def open(self, sock: socket.socket) -> None:
@@ -163,6 +175,7 @@ class SwarmServer(Server):  # type: ignore[misc]
         crawl = self._crawl(key, width=REPLICAS, harvest=harvest, quick=quick)
         nearest = await crawl.run()
         self.forged += harvest.forged
+        self.undelegated += harvest.undelegated
         now = self.clock()
         merged = {record.slot: record for record in harvest.merged(now)}
         for record in self.storage.records(key, now):
@@ -187,7 +200,7 @@ class SwarmServer(Server):  # type: ignore[misc]
             nearer = sum(int.from_bytes(each.node_id, "big") ^ target < own_distance for each in nearest[:REPLICAS])
             places -= nearer < REPLICAS and self._store_here(key, records)
         taken = REPLICAS - places
-        batches = _batches([record.raw for record in records])
+        batches = _batches([record.raw for record in records], self._sizes.page)
         waiting = list(nearest)
         while places > 0 and waiting:
             chosen, waiting = waiting[:places], waiting[places:]
@@ -227,13 +240,13 @@ class SwarmServer(Server):  # type: ignore[misc]
 
     async def _hand_over(self, key: bytes, holder: Contact, records: Sequence[Record]) -> None:
         self.repairs += 1
-        await self._store_batches(holder, key, _batches([record.raw for record in records]))
+        await self._store_batches(holder, key, _batches([record.raw for record in records], self._sizes.page))
 
     def __repr__(self) -> str:
         return f"<SwarmServer {self.node.id[:4].hex()}…: {self.table!r}, {self.storage!r}>"
 
 
-def _batches(raws: Sequence[bytes]) -> list[list[bytes]]:
+def _batches(raws: Sequence[bytes], page_bytes: int) -> list[list[bytes]]:
     """Records in as few Store datagrams as they go."""
     batches: list[list[bytes]] = []
     room = 0
@@ -241,7 +254,7 @@ def _batches(raws: Sequence[bytes]) -> list[list[bytes]]:
         size = len(raw) + RECORD_OVERHEAD_BYTES
         if size > room or len(batches[-1]) >= 16:
             batches.append([])
-            room = MAX_PAGE_BYTES
+            room = page_bytes
         batches[-1].append(raw)
         room -= size
     return batches

@@ -29,9 +29,11 @@ class DHTStats(msgspec.Struct, frozen=True):
     bytes_out: int
     timeouts: int
     malformed: int
+    unopened: int
     over_budget: int
     records_refused: int
     records_forged: int
+    records_undelegated: int
     calls_under_way: int
     observed_host: str | None
     clock_offset_s: float | None
@@ -56,11 +58,13 @@ def take_stats(peer_id: PeerId, address: str, server: SwarmServer, observations:
         datagrams_out=counters.datagrams_out,
         bytes_in=counters.bytes_in,
         bytes_out=counters.bytes_out,
-        timeouts=counters.timeouts,
+        timeouts=server.protocol.caller.timeouts if server.protocol else 0,
         malformed=counters.malformed,
+        unopened=counters.unopened,
         over_budget=counters.over_budget,
         records_refused=counters.records_refused,
         records_forged=server.forged,
+        records_undelegated=server.undelegated,
         calls_under_way=len(server.protocol.book) if server.protocol else 0,
         observed_host=observations.host,
         clock_offset_s=observations.clock_offset_s,

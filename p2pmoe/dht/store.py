@@ -14,9 +14,9 @@ from typing import Final
 
 from p2pmoe.protocol.datagrams import (
     DIGEST_BYTES,
-    MAX_FIRST_PAGE_BYTES,
-    MAX_PAGE_BYTES,
+    PLAIN,
     RECORD_OVERHEAD_BYTES,
+    Sizes,
 )
 from p2pmoe.protocol.records import Record, Slot
 
@@ -74,11 +74,13 @@ class RecordStore:
         max_bytes_per_key: int = MAX_BYTES_PER_KEY,
         max_keys: int = MAX_KEYS,
         max_bytes: int = MAX_BYTES,
+        sizes: Sizes = PLAIN,
     ) -> None:
         self.max_slots_per_key = max_slots_per_key
         self.max_bytes_per_key = max_bytes_per_key
         self.max_keys = max_keys
         self.max_bytes = max_bytes
+        self._sizes = sizes
         self.size = 0
         self.count = 0
         self._shelves: dict[bytes, _Shelf] = {}
@@ -117,7 +119,7 @@ class RecordStore:
         if shelf.view is None:
             ordered = sorted(shelf.held.values(), key=lambda held: held.order)
             raws = [held.record.raw for held in ordered]
-            shelf.view = RecordSet(digest_of(held.record for held in ordered), cut_pages(raws))
+            shelf.view = RecordSet(digest_of(held.record for held in ordered), cut_pages(raws, self._sizes))
         return shelf.view
 
     def has_room(self, key: bytes, record: Record, source: str) -> bool:
@@ -234,15 +236,15 @@ def digest_of(records: Iterable[Record]) -> bytes:
     return hashlib.sha256(b"".join(hashes)).digest()[:DIGEST_BYTES] if hashes else b""
 
 
-def cut_pages(raws: Sequence[bytes]) -> tuple[tuple[bytes, ...], ...]:
-    """Page 0 has at most 800 bytes and may be empty; the others have at most 1,120."""
+def cut_pages(raws: Sequence[bytes], sizes: Sizes = PLAIN) -> tuple[tuple[bytes, ...], ...]:
+    """Page 0 has at most 800 bytes and may be empty; the others have at most 1,120; less where they are sealed."""
     pages: list[list[bytes]] = [[]]
-    room = MAX_FIRST_PAGE_BYTES
+    room = sizes.first_page
     for raw in raws:
         size = len(raw) + RECORD_OVERHEAD_BYTES
         if size > room or len(pages[-1]) >= 16:
             pages.append([])
-            room = MAX_PAGE_BYTES
+            room = sizes.page
         pages[-1].append(raw)
         room -= size
     return tuple(map(tuple, pages)) if raws else ()

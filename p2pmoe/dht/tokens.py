@@ -68,14 +68,17 @@ class SourceBudgets:
         level, at = self._used.get(source, (0.0, now))
         level = max(0.0, level - (now - at) * self._rate)
         allowed = level + size <= self._burst
-        self._used[source] = (level + size if allowed else level, now)
-        self._used.move_to_end(source)
-        while len(self._used) > MAX_SOURCES:
-            self._used.popitem(last=False)
+        self._note(source, level + size if allowed else level, now)
         return allowed
 
     def charge(self, source: str, size: float, now: float) -> None:
         """Charge work that was done already, at most up to an empty purse."""
         level, at = self._used.get(source, (0.0, now))
         level = max(0.0, level - (now - at) * self._rate)
-        self._used[source] = (min(self._burst, level + size), now)
+        self._note(source, min(self._burst, level + size), now)
+
+    def _note(self, source: str, level: float, now: float) -> None:
+        self._used[source] = (level, now)
+        self._used.move_to_end(source)
+        while len(self._used) > MAX_SOURCES:
+            self._used.popitem(last=False)

@@ -7,11 +7,13 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
+from p2pmoe.dht.ownership import ClosedSwarm
 from p2pmoe.dht.store import RecordStore
 from p2pmoe.errors import (
     BadSignatureError,
     DecodeError,
     ExpiredRecordError,
+    NotDelegatedError,
     RecordError,
     StaleRecordError,
 )
@@ -43,24 +45,28 @@ class Limits:
 class RecordTrust:
     """Every rule by which a record is believed, cheap ones first, so that garbage costs us little.
 
-    A record somebody asks us to store must pass, in this order (`admit`):
+     A record somebody asks us to store must pass, in this order (`admit`):
 
-    1. at most 1,040 bytes, of the right types and sizes, in msgpack's shortest form      DecodeError
-    2. a key of 20 bytes                                                                  DecodeError
-    3. now < expires_at <= now + 3,600 s                                                  ExpiredRecordError
-    4. sequence <= now + 30 s                                                             StaleRecordError
-    5. sequence above the stored one's; an equal one must be byte for byte the same       StaleRecordError
-    6. room within the caps of the key, the source and the store                          NoRoomError
-    7. fewer than 2R = 16 nodes that we know are nearer to the key than we are            TooFarError
-    8. the signature, by the key in the record, over this key                             BadSignatureError
+     1. at most 1,040 bytes, of the right types and sizes, in msgpack's shortest form      DecodeError
+     2. a key of 20 bytes                                                                  DecodeError
+     3. now < expires_at <= now + 3,600 s                                                  ExpiredRecordError
+     4. sequence <= now + 30 s                                                             StaleRecordError
+     5. in a closed swarm: a delegation, not over for more than 60 s                       NotDelegatedError
+     6. sequence above the stored one's; an equal one must be byte for byte the same       StaleRecordError
+     7. room within the caps of the key, the source and the store                          NoRoomError
+     8. fewer than 2R = 16 nodes that we know are nearer to the key than we are            TooFarError
+     9. in a closed swarm: the owner gave the delegation to this signer in this swarm      NotDelegatedError
+    10. the signature, by the key in the record, over this key                             BadSignatureError
 
-    The request that brings it has passed before that: the sizes of a datagram, the sender's byte budget and its
-    write token (`protocol.py`, `tokens.py`). A signer writes only its own slots, because the slot is named by its
-    public key, and anybody may relay. A reader believes only its own checks of rules 1, 2, 3, 4 and 8 (`check_read`).
+     The request that brings it has passed before that: the sizes of a datagram, the sender's byte budget and its
+     write token (`protocol.py`, `tokens.py`). A signer writes only its own slots, because the slot is named by its
+     public key, and anybody may relay. A reader believes only its own checks of rules 1 to 5, 9 and 10 (`check_read`);
+     that the delegation covers the prefix is checked by those who know the prefix (`ClosedSwarm.open`).
     """
 
-    def __init__(self, store: RecordStore, limits: Limits | None = None) -> None:
+    def __init__(self, store: RecordStore, limits: Limits | None = None, *, closed: ClosedSwarm | None = None) -> None:
         self.store = store
+        self.closed = closed
         self.limits = limits or Limits()
         self._verified: OrderedDict[bytes, None] = OrderedDict()
 
@@ -68,6 +74,7 @@ class RecordTrust:
         """Store a record of a stranger, or raise the error of the first rule that it breaks."""
         record = self._well_formed(key, raw)
         self._timely(record, now)
+        delegation = self.closed.delegation_of(record, now) if self.closed else None
         held = self.store.get(key, record.slot)
         if held is not None:
             if held.raw == record.raw:
@@ -78,6 +85,8 @@ class RecordTrust:
             raise NoRoomError(f"no room for another record of source {source} under key {key.hex()}")
         if count_nearer >= 2 * REPLICAS:
             raise TooFarError(f"{count_nearer} nodes are nearer to key {key.hex()}")
+        if self.closed and delegation:
+            self.closed.check(record, delegation)
         self._signed(key, record)
         if not self.store.put(key, record, source, now):
             raise NoRoomError(f"no room under key {key.hex()}")
@@ -86,10 +95,12 @@ class RecordTrust:
     def check_read(self, key: bytes, raw: bytes, now: float) -> Record:
         """A record that a holder answered with, checked as if the holder were a liar.
 
-        Raises DecodeError, ExpiredRecordError, StaleRecordError or BadSignatureError.
+        Raises DecodeError, ExpiredRecordError, StaleRecordError, NotDelegatedError or BadSignatureError.
         """
         record = self._well_formed(key, raw)
         self._timely(record, now)
+        if self.closed:
+            self.closed.check(record, self.closed.delegation_of(record, now))
         self._signed(key, record)
         return record
 
@@ -127,6 +138,7 @@ def status_of(error: RecordError | DecodeError) -> Status:
     by_kind = {
         ExpiredRecordError: Status.EXPIRED,
         StaleRecordError: Status.STALE,
+        NotDelegatedError: Status.NOT_DELEGATED,
         NoRoomError: Status.FULL,
         TooFarError: Status.FAR,
         BadSignatureError: Status.BAD_SIGNATURE,

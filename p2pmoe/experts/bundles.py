@@ -59,8 +59,8 @@ class Bundle:
         return not self.children
 
 
-def encode_bundle(bundle: Bundle) -> bytes:
-    """Raises EncodeError when it does not fit: over 400 children, over 900 bytes, or no such endpoint or digest."""
+def encode_bundle(bundle: Bundle, max_bytes: int = MAX_VALUE_BYTES) -> bytes:
+    """Raises EncodeError when it does not fit: over 400 children, over `max_bytes`, or no such endpoint or digest."""
     endpoint, children = bundle.endpoint, bundle.children
     if len(children) > MAX_CHILDREN:
         raise EncodeError(f"a bundle lists at most {MAX_CHILDREN} children, got {len(children)}")
@@ -80,8 +80,8 @@ def encode_bundle(bundle: Bundle) -> bytes:
         _decoder.decode(value)
     except (ValueError, msgspec.MsgspecError) as error:
         raise EncodeError(f"cannot announce {endpoint} with schema {bundle.schema_digest!r}: {error}") from error
-    if len(value) > MAX_VALUE_BYTES:
-        raise EncodeError(f"a bundle of {len(children)} children takes {len(value)} of {MAX_VALUE_BYTES} bytes")
+    if len(value) > max_bytes:
+        raise EncodeError(f"a bundle of {len(children)} children takes {len(value)} of {max_bytes} bytes")
     return value
 
 
@@ -98,8 +98,12 @@ def decode_bundle(value: bytes, public_key: bytes) -> Bundle:
     return Bundle(endpoint, wire.digest.hex(), children)
 
 
-def pack_bundles(endpoint: Endpoint, children: Iterable[tuple[int, str]]) -> list[bytes]:
+def pack_bundles(
+    endpoint: Endpoint, children: Iterable[tuple[int, str]], max_bytes: int = MAX_VALUE_BYTES
+) -> list[bytes]:
     """Values for parts 0, 1, …: `(child, schema digest)` pairs grouped by digest, each part as full as it goes.
+
+    `max_bytes` of a value is less in a closed swarm, where a delegation stands beside it.
 
     Raises:
         EncodeError: one prefix would need more than 8 parts, or the endpoint cannot be written.
@@ -107,7 +111,9 @@ def pack_bundles(endpoint: Endpoint, children: Iterable[tuple[int, str]]) -> lis
     by_digest: dict[str, list[int]] = {}
     for child, digest in sorted(set(children)):
         by_digest.setdefault(digest, []).append(child)
-    values = [value for digest, numbers in sorted(by_digest.items()) for value in _split(endpoint, digest, numbers)]
+    values = [
+        value for digest, numbers in sorted(by_digest.items()) for value in _split(endpoint, digest, numbers, max_bytes)
+    ]
     if len(values) > MAX_PARTS:
         raise EncodeError(
             f"{sum(map(len, by_digest.values()))} children with {len(by_digest)} schemas under one prefix need "
@@ -121,13 +127,13 @@ def tombstone(endpoint: Endpoint) -> bytes:
     return encode_bundle(Bundle(endpoint, "", ()))
 
 
-def _split(endpoint: Endpoint, digest: str, numbers: Sequence[int]) -> Iterator[bytes]:
+def _split(endpoint: Endpoint, digest: str, numbers: Sequence[int], max_bytes: int) -> Iterator[bytes]:
     start = 0
     while start < len(numbers):
         count = min(MAX_CHILDREN, len(numbers) - start)
         while True:
             try:
-                value = encode_bundle(Bundle(endpoint, digest, tuple(numbers[start : start + count])))
+                value = encode_bundle(Bundle(endpoint, digest, tuple(numbers[start : start + count])), max_bytes)
                 break
             except EncodeError:
                 if count == 1:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from p2pmoe.errors import EncodeError
+from p2pmoe.errors import DelegationError, EncodeError
 from p2pmoe.experts.bundles import pack_bundles, tombstone
 from p2pmoe.experts.uid import ExpertUid, parse_uid, prefix_of
-from p2pmoe.protocol.records import MAX_PARTS
+from p2pmoe.protocol.records import MAX_PARTS, MAX_VALUE_BYTES
 from p2pmoe.types import Endpoint
 
 Child = tuple[int, str]
@@ -27,15 +27,19 @@ class _Declared:
 
 
 class Declarations:
-    """Everything declared and not yet withdrawn or expired, by prefix."""
+    """Everything declared and not yet withdrawn or expired, by prefix.
 
-    def __init__(self) -> None:
+    `max_value_bytes` says how long a record's value may be now; where it raises, nothing can be published.
+    """
+
+    def __init__(self, max_value_bytes: Callable[[], int] = lambda: MAX_VALUE_BYTES) -> None:
+        self._max_value_bytes = max_value_bytes
         self._by_prefix: dict[str, _Declared] = {}
 
     def add(self, wanted: Mapping[str, Sequence[Child]], endpoint: Endpoint, now: float, ttl_s: float) -> Values:
         """Declare children (see `by_prefix`) for `ttl_s`; returns what to publish.
 
-        Raises EncodeError, with everything as it was before, when a prefix cannot be written.
+        Raises EncodeError or DelegationError, with everything as it was before, when a prefix cannot be written.
         """
         before = dict(self._by_prefix)
         for prefix, children in wanted.items():
@@ -47,7 +51,7 @@ class Declarations:
             self._by_prefix[prefix] = _Declared(endpoint, kept, old.parts, old.published_until)
         try:
             return self._values(wanted, now, ttl_s)
-        except EncodeError:
+        except (EncodeError, DelegationError):
             self._by_prefix = before
             raise
 
@@ -95,10 +99,11 @@ class Declarations:
 
     def _values(self, prefixes: Iterable[str], now: float, ttl_s: float) -> Values:
         values: Values = {}
+        max_bytes = self._max_value_bytes()
         for prefix in prefixes:
             declared = self._by_prefix[prefix]
             declared.children = {child: until for child, until in declared.children.items() if until > now}
-            parts = pack_bundles(declared.endpoint, declared.children)
+            parts = pack_bundles(declared.endpoint, declared.children, max_bytes)
             # Parts that are no longer needed are overwritten, or they would be believed until they expire.
             parts += [tombstone(declared.endpoint)] * (declared.parts - len(parts))
             values[prefix] = dict(enumerate(parts[:MAX_PARTS]))

@@ -38,6 +38,7 @@ class ExpertRecord:
 
     `signature` is "valid" when the provider's key signed the record that says so: the directory returns no other,
     and counts those it left out (`forged_records`). It is "none" for providers that did not come from records.
+    `scope` is None in an open swarm; in a closed one the prefix that the owner's delegation covers, empty for all.
     """
 
     uid: str
@@ -47,6 +48,7 @@ class ExpertRecord:
     expires_at: float
     declared_at: float
     signature: Literal["valid", "none"] = "none"
+    scope: str | None = None
 
 
 class ExpertDirectory:
@@ -71,7 +73,7 @@ class ExpertDirectory:
         self._clock = clock
         self._readdress = readdress
         self._cache = ChildrenCache(clock, max_age_s=cache_s, negative_s=negative_cache_s)
-        self._declarations = Declarations()
+        self._declarations = Declarations(lambda: dht.signer.max_value_bytes)
         self._declaring: asyncio.Lock | None = None
         self._reads: dict[str, asyncio.Task[Children]] = {}
         self._refreshing: set[str] = set()
@@ -80,6 +82,11 @@ class ExpertDirectory:
     def forged_records(self) -> int:
         """Records with a wrong signature that were read so far, and left out."""
         return self.dht.server.forged
+
+    @property
+    def undelegated_records(self) -> int:
+        """In a closed swarm: records without the owner's leave that were read so far, and left out."""
+        return self.dht.server.undelegated
 
     # --- declaring --------------------------------------------------------------------------------------------
 
@@ -94,10 +101,13 @@ class ExpertDirectory:
         Raises:
             InvalidUidError: a uid breaks the grammar.
             EncodeError: a digest or endpoint cannot be written, or a prefix has too many children or schemas.
+            DelegationError: in a closed swarm, we have no delegation that covers all of them now.
             BootstrapError, PeerUnreachableError: nobody took some of the records; the rest is announced.
             ClosedError: the DHT node is not running.
         """
         wanted = by_prefix(schemas)
+        for uid in schemas:
+            self.dht.signer.require_scope(uid)
         ttl = self.dht.config.ttl_s if ttl_s is None else ttl_s
         await self.dht.call(lambda: self._declare(wanted, self._readdress(endpoint), ttl))
 
@@ -242,7 +252,7 @@ class ExpertDirectory:
 
     async def _read_network(self, prefix: str) -> Children:
         self.network_reads += 1
-        children = children_of(await self.dht.get(prefix))
+        children = children_of(await self.dht.get(prefix), prefix)
         self._cache.put(prefix, children)
         return children
 
@@ -282,4 +292,5 @@ def _record(uid: str, provider: Provider) -> ExpertRecord:
         provider.expires_at,
         provider.sequence / 1e6,
         "valid",
+        provider.scope,
     )

@@ -43,6 +43,8 @@ TOKEN_BYTES: Final = 8
 CALL_ID_BYTES: Final = 8
 DIGEST_BYTES: Final = 8
 RECORD_OVERHEAD_BYTES: Final = 3
+SEAL_BYTES: Final = 32
+"""What every size is smaller by in a private swarm, so that the sealed datagram has at most 1,200 bytes."""
 
 Address = tuple[str, int]
 """An IP literal in its shortest form, and a port."""
@@ -68,7 +70,7 @@ class Status(enum.IntEnum):
     FULL = 5
     FAR = 6
     BAD_SIGNATURE = 7
-    CLIENT = 8
+    NOT_DELEGATED = 8
 
 
 class _Message(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -138,6 +140,18 @@ REPLY_OF: Final[dict[type, type]] = {Ping: Pong, Find: Found, Page: Paged, Store
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
+
+
+class Sizes(NamedTuple):
+    """How long things may be, in bytes: a whole datagram, a page of records, a page in a Found."""
+
+    datagram: int = MAX_DATAGRAM_BYTES
+    page: int = MAX_PAGE_BYTES
+    first_page: int = MAX_FIRST_PAGE_BYTES
+
+
+PLAIN: Final = Sizes()
+SEALED: Final = Sizes(*(size - SEAL_BYTES for size in PLAIN))
 
 
 class Contact(NamedTuple):

@@ -72,6 +72,8 @@ class Record:
     public_key: bytes
     signature: bytes
     raw: bytes
+    scope: str | None = None
+    """In a closed swarm, once a reader has opened it: the prefix that the owner let the signer write under."""
 
     @property
     def slot(self) -> Slot:

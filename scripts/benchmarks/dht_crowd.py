@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 from p2pmoe.config import DHTConfig
 from p2pmoe.dht.addresses import bind
 from p2pmoe.dht.bad_line import BadLine
-from p2pmoe.dht.node import MAX_CONCURRENT_GETS, MAX_CONCURRENT_PUTS, DHTNode
+from p2pmoe.dht.node import DHTNode
 from p2pmoe.experts.directory import ExpertDirectory
 from p2pmoe.identity import Identity
 from p2pmoe.protocol.datagrams import Address
@@ -36,7 +36,6 @@ class SeatedNode(DHTNode):
 
     async def open(self) -> Self:
         """Bind to loopback and serve."""
-        self._puts, self._gets = asyncio.Semaphore(MAX_CONCURRENT_PUTS), asyncio.Semaphore(MAX_CONCURRENT_GETS)
         sock = bind("127.0.0.1", 0)
         self._address = sock.getsockname()[:2]
         await self.server.open(sock)

@@ -4,9 +4,9 @@ A node's table is made when the first datagram reaches it, from the membership a
 each bucket's range, the state that Kademlia's upkeep converges to. So 20,000 nodes need no 20,000 joins, and only the
 nodes that a look-up touches cost memory.
 
-Round trips: log-normal with a median of 159 ms and a mean of 178 ms, as the King data set between 1,740 Internet hosts
-has them (Gummadi et al., IMW 2002; median as in Dabek et al., SIGCOMM 2004; mean as in Li et al., IPTPS 2004). A pair
-of nodes keeps its round trip; every datagram has up to 10 % of jitter on top.
+Round trips: log-normal (our assumption) with a median of 159 ms and a mean of 178 ms, which are quoted for the King
+data set between 1,740 Internet hosts (Gummadi et al., IMW 2002) from Dabek et al., SIGCOMM 2004, and Li et al., IPTPS
+2004. A pair of nodes keeps its round trip; every datagram has up to 10 % of jitter on top.
 """
 
 from __future__ import annotations

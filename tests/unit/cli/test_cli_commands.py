@@ -17,7 +17,10 @@ from p2pmoe.cli.failures import EXIT_CODES
 from p2pmoe.cli.main import main
 from p2pmoe.training import tasks
 
-COMMANDS = ["demo", "node", "train", "lookup", "version", "id new", "id show"]
+COMMANDS = [
+    *("demo", "node", "train", "lookup", "version"),
+    *("id new", "id show", "id export", "id import", "id delegate", "id swarm-key new"),
+]
 
 
 @pytest.fixture(autouse=True)

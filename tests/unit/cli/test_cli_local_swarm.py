@@ -4,7 +4,7 @@ import pytest
 
 from p2pmoe.cli.local_swarm import grid_uids, node_settings, split_evenly
 from p2pmoe.cli.node import join_line
-from p2pmoe.config import NodeConfig
+from p2pmoe.config import AccessConfig, DHTConfig, NodeConfig
 from p2pmoe.experts.uid import expand_pattern
 
 
@@ -31,5 +31,11 @@ def test_settings_of_a_node_are_what_a_node_reads() -> None:
 
 
 def test_the_join_line_can_be_pasted() -> None:
-    assert join_line("127.0.0.1:31337", "p2pmoe") == "p2pmoe node --initial-peers 127.0.0.1:31337"
-    assert join_line("[::1]:1", "my swarm") == "p2pmoe node --initial-peers '[::1]:1' --swarm-id 'my swarm'"
+    line = "p2pmoe node --initial-peers 127.0.0.1:31337"
+    assert join_line("127.0.0.1:31337", NodeConfig()) == line
+    named = NodeConfig(dht=DHTConfig(swarm_id="my swarm"))
+    assert join_line("[::1]:1", named) == "p2pmoe node --initial-peers '[::1]:1' --swarm-id 'my swarm'"
+    closed = NodeConfig(dht=DHTConfig(owner="ab" * 32), access=AccessConfig(swarm_key_path="secret/place"))
+    assert join_line("127.0.0.1:31337", closed) == (
+        f"{line} --owner {'ab' * 32} --identity KEY_FILE --delegation FILE --swarm-key FILE"
+    )

@@ -13,11 +13,13 @@ from p2pmoe.cli.settings import (
     key_paths,
     load_client_config,
     load_node_config,
+    load_swarm_key,
     split_lists,
     variable_of,
 )
 from p2pmoe.config import DHTConfig, NodeConfig
-from p2pmoe.errors import ConfigError
+from p2pmoe.errors import ConfigError, IdentityError
+from p2pmoe.identity import SwarmKey
 
 ROOT = Path(__file__).parents[3]
 NODE_TOML = (ROOT / "node.toml").read_text(encoding="utf-8")
@@ -134,6 +136,19 @@ def test_a_client_takes_from_the_environment_only_where_the_swarm_is() -> None:
 
     assert load_client_config([], None, environ) == DHTConfig(initial_peers=("10.0.0.1:1",), swarm_id="s")
     assert load_client_config(["10.0.0.2:2"], "t", environ) == DHTConfig(initial_peers=("10.0.0.2:2",), swarm_id="t")
+
+
+def test_a_client_is_told_of_owner_and_swarm_key(tmp_path: Path) -> None:
+    key = SwarmKey.generate()
+    key.save(tmp_path / "swarm.key")
+    environ = {"P2PMOE_DHT_OWNER": "ab" * 32, "P2PMOE_ACCESS_SWARM_KEY_PATH": str(tmp_path / "swarm.key")}
+
+    assert load_client_config(["10.0.0.1:1"], None, environ).owner == "ab" * 32
+    assert load_client_config(["10.0.0.1:1"], None, environ, owner="cd" * 32).owner == "cd" * 32
+    assert load_swarm_key(None, environ) == key
+    assert load_swarm_key(None, {}) is None
+    with pytest.raises(IdentityError, match="does not exist"):
+        load_swarm_key(str(tmp_path / "no.key"), environ)
 
 
 def test_a_client_without_initial_peers_is_told_what_to_do() -> None:

@@ -67,6 +67,7 @@ async def test_every_expert_comes_with_schema_age_and_round_trip() -> None:
         "expires_at": 160.0,
         "expires_in_s": 55.5,
         "signature": "valid",
+        "delegated_scope": None,
         "public_key": "07" * 32,
         "providers": ["a" * 32],
         "round_trip_ms": 1.0,

@@ -48,9 +48,9 @@ def identity_of(name: str) -> Identity:
     return Identity.from_seed(hashlib.sha256(name.encode()).digest())
 
 
-async def open_peer(name: str, *, client_mode: bool = False, clock=time.time, host: str = "127.0.0.1") -> Peer:
+async def open_peer(name: str, *, clock=time.time, host: str = "127.0.0.1", **options) -> Peer:
     identity = identity_of(name)
-    peer = Peer(identity.node_id, SWARM_ID, client_mode=client_mode, clock=clock)
+    peer = Peer(identity.node_id, SWARM_ID, clock=clock, **options)
     peer.identity = identity
     sock = bind(host, 0)
     peer.address = sock.getsockname()[:2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,6 +78,41 @@ def test_a_late_node_that_missed_before_is_not_waited_for():
     lookup.slow(contact(1))
     lookup.late(contact(1))
     assert lookup.done
+
+
+def test_where_nobody_answers_those_given_up_are_waited_for():
+    """All our contacts missed a request once, and now our own machine is slow."""
+    lookup = Lookup(0, [], width=8, alpha=5)
+    for number in (1, 2, 3):
+        lookup.add(contact(number), doubtful=True)
+    for each in lookup.next_to_ask():
+        lookup.late(each)
+    assert not lookup.done
+    lookup.failed(contact(1))
+    assert not lookup.done
+    lookup.answered(contact(2))
+    assert lookup.done
+    lookup.answered(contact(3))
+    assert lookup.nearest() == [contact(2), contact(3)]
+
+
+def test_when_all_have_failed_it_is_done():
+    lookup = Lookup(0, [], width=8, alpha=5)
+    lookup.add(contact(1), doubtful=True)
+    lookup.next_to_ask()
+    lookup.late(contact(1))
+    lookup.failed(contact(1))
+    assert lookup.done
+
+
+@pytest.mark.parametrize(("late", "hasty"), [(0, False), (4, False), (5, True), (8, True)])
+def test_a_no_of_a_minority_is_hasty(late, hasty):
+    lookup = Lookup(0, [contact(number) for number in range(1, 21)], width=8, alpha=20)
+    while asked := lookup.next_to_ask():
+        for each in asked:
+            (lookup.late if int.from_bytes(each.node_id, "big") <= late else lookup.answered)(each)
+    assert lookup.done
+    assert lookup.is_hasty == hasty
 
 
 def test_nobody_to_ask_is_done():

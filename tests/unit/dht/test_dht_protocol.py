@@ -248,6 +248,21 @@ async def test_a_spoofed_request_is_answered_with_at_most_three_times_its_bytes(
         assert size <= MAX_DATAGRAM_BYTES
 
 
+async def test_what_a_spoofed_stranger_is_sent_in_all_is_bounded(make_peer, make_stranger):
+    """Whoever names a node id is pinged as well, at most three times: that does not depend on what was asked."""
+    alice = await make_peer("alice")
+    alice.protocol.book.typical.sample(0.001)
+    ping_bytes = len(encode_datagram(HEADER, Ping(ID, bytes(20), bytes(16))))
+    for request in (Ping(ID, b"m" * 20, bytes(16)), Find(ID, b"n" * 20, b"", KEY, 32, bytes(330))):
+        victim = make_stranger(request.sender.hex())
+        sent = victim.send(request, alice.address)
+        before = alice.protocol.counters.bytes_out
+        await until(lambda: alice.protocol._verifying)
+        await settle(alice)
+        assert len(alice.table) == 0
+        assert alice.protocol.counters.bytes_out - before <= 3 * sent + 3 * ping_bytes
+
+
 async def test_without_a_token_of_its_own_address_nobody_writes(make_peer, make_stranger):
     alice, mallory, eve = await make_peer("alice"), make_stranger("mallory"), make_stranger("eve")
     record = alice.record(KEY)
@@ -342,7 +357,7 @@ async def test_a_stalled_loop_evicts_nobody(make_peer):
         time.sleep(0.5)  # noqa: ASYNC251 - the stall is what is tested
         assert await task is not None
     assert alice.table.get(bob.node.id).misses == 0
-    assert alice.protocol.counters.timeouts == 0
+    assert alice.protocol.caller.timeouts == 0
 
 
 async def test_many_waiting_replies_are_read_before_anybody_is_called_late(make_peer, make_stranger):
@@ -358,4 +373,4 @@ async def test_many_waiting_replies_are_read_before_anybody_is_called_late(make_
     time.sleep(0.8)  # noqa: ASYNC251 - the stall is what is tested
     await until(lambda: len(answered) == 60)
     assert all(answered)
-    assert alice.protocol.counters.timeouts == 0
+    assert alice.protocol.caller.timeouts == 0

@@ -7,11 +7,11 @@ import random
 import time
 
 import pytest
-from dht_swarm import settle, until
+from dht_swarm import HEADER, settle, until
 
 from p2pmoe.dht.bad_line import BadLine
 from p2pmoe.errors import ConfigError
-from p2pmoe.protocol.datagrams import MAX_DATAGRAM_BYTES
+from p2pmoe.protocol.datagrams import MAX_DATAGRAM_BYTES, Found, decode_datagram
 from p2pmoe.protocol.records import key_of
 
 KEY = key_of("test", "ffn.")
@@ -35,6 +35,33 @@ async def test_records_land_on_the_eight_nearest_and_anybody_finds_them(make_swa
         for quick in (False, True):
             found = await dice.choice(peers).get(key, quick=quick)
             assert [record.public_key for record in found] == [author.identity.public_key]
+
+
+async def test_holders_that_are_all_late_are_waited_for_before_nothing_is_found(make_swarm):
+    """Of every holder's answers the first two are lost; the other nodes answer at once that they hold nothing."""
+    peers = await make_swarm(32)
+    alice, reader = peers[0], nearest(peers, KEY, 32)[-1]
+    await alice.set(KEY, [alice.record(KEY)])
+    left = {}
+
+    def lose(holder):
+        send, left[holder.address] = holder.protocol.transmit, 2
+
+        def transmit(datagram, address):
+            found = isinstance(decode_datagram(HEADER, datagram), Found)
+            if found and address == reader.address and left[holder.address]:
+                left[holder.address] -= 1
+            else:
+                send(datagram, address)
+
+        holder.protocol.transmit = transmit
+
+    for peer in peers:
+        if KEY in peer.storage.all_keys:
+            lose(peer)
+    assert len(left) == 8
+    assert [record.value for record in await reader.get(KEY)] == [b"value"]
+    assert set(left.values()) == {0}, "answers were lost"
 
 
 async def test_find_nearest_is_exact(make_swarm):
