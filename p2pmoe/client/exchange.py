@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from p2pmoe.errors import ClosedError, DeadlineError, DecodeError, P2PMoEError, PeerUnreachableError
+from p2pmoe.protocol.finite import all_surely_finite
 from p2pmoe.protocol.frames import EncodedFrame, Frame, describe_tensors, encode_frame
 from p2pmoe.protocol.messages import RequestHeader, RequestParameters, ResponseHeader, new_call_id
 from p2pmoe.protocol.schema import BatchTensorProto, format_tensor
@@ -47,6 +48,8 @@ class Call:
     result: Flat | P2PMoEError | None = None
     group: CallGroup | None = None
     position: int = 0
+    is_finite: bool = False
+    """The result was looked at already, and holds neither NaN nor infinity."""
 
     def check(self, header: ResponseHeader) -> None:
         """That a reply has the tensors that were asked for, before memory is allocated. Raises DecodeError."""
@@ -217,6 +220,7 @@ class Dispatcher:
         self.exchanges = 0
         """HTTP exchanges begun."""
         self.calls = 0
+        self._arrived: list[Call] = []
         self.unanswered = 0
         """Calls under way; changed on the loop alone."""
         self._held: asyncio.TimerHandle | None = None
@@ -362,10 +366,24 @@ class Dispatcher:
     def _finish(self, waiting: _Waiting, call: Call, result: Flat | P2PMoEError) -> None:
         if waiting.pop(call.id, None) is not None:
             self.unanswered -= 1
-        if call.group is not None:
+        if not isinstance(result, P2PMoEError) and self.unanswered >= _CROWD:
+            call.result = result
+            self._arrived.append(call)
+            if len(self._arrived) == 1:
+                self._loop.call_soon(self._complete_arrived)
+        elif call.group is not None:
             call.group.complete(call, result, self._loop)
         if not waiting and self._held is not None:
             self._send_queue()
+
+    def _complete_arrived(self) -> None:
+        """Results that came together are looked at together, which is cheaper than in each caller's thread."""
+        arrived, self._arrived = self._arrived, []
+        finite = all_surely_finite([tensor for call in arrived for tensor in call.result])  # type: ignore[union-attr]
+        for call in arrived:
+            call.is_finite = finite
+            if call.group is not None and call.result is not None:
+                call.group.complete(call, call.result, self._loop)
 
     def _wake(self, bell: Doorbell) -> None:
         if self._relay.wake(bell) and self._nudge is None:

@@ -150,7 +150,7 @@ class RemoteExpert(nn.Module):
         group = self._group(provider, direction, tensors, protos, expected, timeout_s, call_id)
         self.swarm.call(group, timeout_s)
         result = group.results(timeout_s)[0]
-        if self.swarm.check_finite and not isinstance(result, P2PMoEError):
+        if self.swarm.check_finite and not isinstance(result, P2PMoEError) and not group.calls[0].is_finite:
             result = check_finite(self._at(provider), result, tensors, expected) or result
         if not isinstance(result, P2PMoEError):
             self._offer(direction, provider, tensors, result)

@@ -17,6 +17,8 @@ from statistics import median
 
 import torch
 
+from p2pmoe.protocol.finite import norms_at_once, small_and_alike
+
 _STEP = 0.005  # nats; 460 calls to follow a drift of one decade
 _FAR_SHARE = 0.125  # of a step, for a norm further than `factor` away: it takes eight of them to outweigh one near
 _FAR_CALLS = 64  # far norms in a row that double their steps
@@ -47,6 +49,13 @@ def quick_norm(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float32).item())
 
 
+def quick_norms(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """`quick_norm` of each, in few steps where they are small: each step lets the event loop's thread in between."""
+    if len(tensors) > 1 and small_and_alike(tensors):
+        return norms_at_once(tensors)
+    return [quick_norm(tensor) for tensor in tensors]
+
+
 def exact_norm(tensor: torch.Tensor) -> float:
     """The 2-norm of a floating tensor; infinity exactly when a value is NaN or infinite (or float64 cannot hold it)."""
     tensor = tensor.detach()
@@ -61,9 +70,9 @@ def exact_norm(tensor: torch.Tensor) -> float:
     return largest * float(torch.linalg.vector_norm(wide / largest)) if largest else 0.0
 
 
-def norm_of(tensor: torch.Tensor) -> float:
-    """The 2-norm; infinity exactly when a value is NaN or infinite."""
-    norm = quick_norm(tensor)
+def norm_of(tensor: torch.Tensor, quick: float | None = None) -> float:
+    """The 2-norm; infinity exactly when a value is NaN or infinite. `quick` is its `quick_norm` where that is known."""
+    norm = quick_norm(tensor) if quick is None else quick
     return norm if math.isfinite(norm) else exact_norm(tensor)
 
 

@@ -18,6 +18,7 @@ import torch
 from p2pmoe.config import GateConfig
 from p2pmoe.errors import CallError, ExpertFailedError, NonFiniteError, NonFiniteResultError, OutlierGradientError
 from p2pmoe.metrics import NodeMetrics, PassStats
+from p2pmoe.protocol.finite import all_surely_finite
 from p2pmoe.protocol.nested import nested_flatten
 from p2pmoe.server.backend import ExpertBackend
 from p2pmoe.server.buffers import KeptBuffers
@@ -28,6 +29,7 @@ from p2pmoe.server.gate import (
     is_finite,
     magnitude,
     norm_of,
+    quick_norms,
     split_by_magnitude,
 )
 from p2pmoe.server.step_guard import guard_steps, require_finite
@@ -74,9 +76,15 @@ class PassGate:
 
     def screen(self, tasks: list[Task]) -> list[tuple[Task, CallError]]:
         """See `BatchGate.screen`."""
+        if (
+            self._norms is None
+            and len(tasks) > 1
+            and all_surely_finite([tensor for task in tasks for tensor in task.tensors])
+        ):
+            return []
         refused = []
-        for task in tasks:
-            error = self._judge(task)
+        for task, norms in zip(tasks, self._norms_of(tasks), strict=True):
+            error = self._judge(task, norms)
             if error is not None:
                 self._stats.outcomes[str(error.code)] += 1
                 refused.append((task, error))
@@ -125,12 +133,17 @@ class PassGate:
 
     # -- private
 
-    def _judge(self, task: Task) -> CallError | None:
+    def _norms_of(self, tasks: list[Task]) -> Iterable[tuple[float, ...]]:
+        """For each task the quick norm of each of its tensors; 0 for integers."""
+        columns = zip(*(task.tensors for task in tasks), strict=True)
+        return zip(
+            *(quick_norms(each) if holds_floats(each[0]) else [0.0] * len(each) for each in columns), strict=True
+        )
+
+    def _judge(self, task: Task, norms: tuple[float, ...]) -> CallError | None:
         squares = 0.0
-        for index, tensor in enumerate(task.tensors):
-            if not holds_floats(tensor):
-                continue
-            norm = norm_of(tensor)
+        for index, (tensor, quick) in enumerate(zip(task.tensors, norms, strict=True)):
+            norm = norm_of(tensor, quick)
             if not math.isfinite(norm) and not is_finite(tensor):
                 return self._non_finite(index, tensor)
             if index >= self._inputs:

@@ -1,0 +1,38 @@
+"""Finiteness of many small tensors at once. Knows only torch.
+
+Every call into torch gives up the interpreter's lock; among many threads each time costs a switch there and one back,
+some 30 µs, ten times what looking at 16 kB takes (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+SMALL: Final = 1 << 16
+"""Elements below which a tensor is worth looking at together with others."""
+_DTYPES: Final = (torch.float32, torch.float64)
+
+
+def small_and_alike(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether `norms_at_once` may be asked: small, one real dtype of 32 or 64 bits, on the CPU, of no gradient."""
+    dtype = tensors[0].dtype
+    return dtype in _DTYPES and all(
+        tensor.dtype is dtype and tensor.numel() < SMALL and tensor.is_cpu and not tensor.requires_grad
+        for tensor in tensors
+    )
+
+
+def norms_at_once(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """The 2-norm of each, finite only when every value is; not finite also when squares overflow."""
+    norms: list[float] = torch.stack(torch._foreach_norm(tuple(tensors))).tolist()  # noqa: SLF001
+    return norms
+
+
+def all_surely_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """True only when no value of the floating ones is NaN or infinite; False also where a closer look is needed."""
+    floating = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+    return not floating or (small_and_alike(floating) and math.isfinite(sum(norms_at_once(floating))))
