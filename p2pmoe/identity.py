@@ -1,4 +1,4 @@
-"""Who a peer is: an Ed25519 key pair, the peer id made from it, signing and verifying.
+"""Who a peer is: an Ed25519 key pair, the peer id made from it, signing and verifying; the key of a closed swarm.
 
 Knows nothing of records, certificates or the network.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import hmac
 import os
 import secrets
 import stat
@@ -16,6 +17,8 @@ from typing import Final
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -29,9 +32,11 @@ from p2pmoe.types import PeerId
 PUBLIC_KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
 NODE_ID_BYTES: Final = 20
+SWARM_KEY_BYTES: Final = 32
 MAX_KEY_FILE_BYTES: Final = 4096
 
 _NODE_DOMAIN: Final = b"p2pmoe-node-1\0"
+_SWARM_DOMAIN: Final = b"p2pmoe-swarm-key-1\0"
 
 
 def node_id_of(public_key: bytes) -> bytes:
@@ -149,6 +154,77 @@ class Identity:
         raise TypeError("an Identity is not pickled: its private key stays where it is")
 
 
+class SwarmKey:
+    """The secret that the members of a closed swarm share. Immutable; never printed, compared in constant time.
+
+    The secret itself is used for nothing but `derive`, so that no two purposes ever share a key.
+    """
+
+    __slots__ = ("_secret",)
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) != SWARM_KEY_BYTES:
+            raise IdentityError(f"a swarm key has {SWARM_KEY_BYTES} bytes, got {len(secret)}")
+        self._secret = bytes(secret)
+
+    @classmethod
+    def generate(cls) -> SwarmKey:
+        """A fresh random key, in memory only."""
+        return cls(secrets.token_bytes(SWARM_KEY_BYTES))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SwarmKey:
+        """Read a swarm key file: 32 random bytes as 64 hexadecimal or 52 base32 characters, mode 0600.
+
+        Raises:
+            IdentityError: the file is missing, unreadable, no swarm key, or others than its owner may read it.
+        """
+        path = Path(path)
+        return cls(_parse_swarm_key(path, _read_private_file(path, "copy it from another member of the swarm")))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the key in hexadecimal to a new file of mode 0600. Never overwrites. Raises IdentityError."""
+        if not _write_new_private_file(Path(path), self._secret.hex().encode("ascii") + b"\n"):
+            raise IdentityError(f"{path} exists already; a swarm key is never overwritten: choose another path")
+
+    def derive(self, purpose: bytes) -> bytes:
+        r"""The 32-byte key for one purpose: HKDF-SHA256 without salt, info `"p2pmoe-swarm-key-1\0" ‖ purpose`."""
+        return HKDF(SHA256(), 32, salt=None, info=_SWARM_DOMAIN + purpose).derive(self._secret)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SwarmKey) and hmac.compare_digest(other._secret, self._secret)
+
+    def __hash__(self) -> int:
+        return hash(self.derive(b"hash"))
+
+    def __repr__(self) -> str:
+        return "<SwarmKey>"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a SwarmKey is not pickled: the secret stays where it is")
+
+
+def _parse_swarm_key(path: Path, content: bytes) -> bytes:
+    text = content.strip()
+    try:
+        secret = bytes.fromhex(text.decode("ascii")) if len(text) == 64 else _base32_bytes(text)
+    except ValueError:
+        secret = b""
+    if len(secret) != SWARM_KEY_BYTES:
+        # The content may be a secret: it is not quoted.
+        raise IdentityError(
+            f"swarm key file {path} holds no swarm key ({SWARM_KEY_BYTES} bytes as 64 hexadecimal or 52 base32 "
+            f"characters); copy it again from another member of the swarm"
+        ) from None
+    return secret
+
+
+def _base32_bytes(text: bytes) -> bytes:
+    """Raises ValueError."""
+    bare = text.rstrip(b"=")
+    return base64.b32decode(bare + b"=" * (-len(bare) % 8), casefold=True)
+
+
 def _pem(private_key: Ed25519PrivateKey) -> bytes:
     return private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
@@ -160,7 +236,7 @@ def _exists(path: Path) -> bool:
         raise IdentityError(f"key file {path} cannot be reached: {error.strerror}") from error
 
 
-def _read_private_file(path: Path) -> bytes:
+def _read_private_file(path: Path, remedy: str = "start a node once to make it, or give another path") -> bytes:
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -173,9 +249,7 @@ def _read_private_file(path: Path) -> bytes:
                 )
             return file.read(MAX_KEY_FILE_BYTES + 1)
     except FileNotFoundError as error:
-        raise IdentityError(
-            f"key file {path} does not exist; start a node once to make it, or give another path"
-        ) from error
+        raise IdentityError(f"key file {path} does not exist; {remedy}") from error
     except OSError as error:
         raise IdentityError(f"key file {path} cannot be read: {error.strerror}; check its owner and mode") from error
 
