@@ -22,6 +22,8 @@
         │   └── StaleRecordError
         └── CallError               a node answered a call with an error
             ├── BadRequestError         400  the call does not fit the expert's schema, or is malformed
+            ├── AuthenticationError     401  the node serves known callers only, or the session has ended
+            ├── AccessDeniedError       403  the node does not serve this caller
             ├── UnknownExpertError      404
             ├── ReplayConflictError     409  a backward id was used before, its answer is gone or differs
             ├── TooLargeError           413
@@ -154,6 +156,18 @@ class BadRequestError(CallError, ValueError):
     code = 400
 
 
+class AuthenticationError(CallError):
+    """The caller has not proved who it is, or its session has ended."""
+
+    code = 401
+
+
+class AccessDeniedError(CallError):
+    """The node knows who calls and does not serve that caller."""
+
+    code = 403
+
+
 class UnknownExpertError(CallError, LookupError):
     """The node does not host that uid."""
 
@@ -180,7 +194,7 @@ class WireVersionError(CallError):
 
 
 class OverloadedError(CallError):
-    """The expert's queue is full; try again after `retry_after_s`."""
+    """A queue is full or the caller is over one of its limits; try again after `retry_after_s`."""
 
     code = 429
 
@@ -207,6 +221,8 @@ _BY_CODE: dict[int, type[CallError]] = {
     kind.code: kind
     for kind in (
         BadRequestError,
+        AuthenticationError,
+        AccessDeniedError,
         UnknownExpertError,
         ReplayConflictError,
         TooLargeError,

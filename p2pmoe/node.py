@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -25,13 +26,15 @@ from p2pmoe.dht.node import DHTNode
 from p2pmoe.dht.observations import reachable_host
 from p2pmoe.errors import ClosedError, ConfigError
 from p2pmoe.experts.directory import ExpertDirectory
-from p2pmoe.identity import Identity
+from p2pmoe.identity import Identity, SwarmKey, load_admin_token
 from p2pmoe.metrics import NodeMetrics
 from p2pmoe.rpc.http.server import HttpServer
+from p2pmoe.server.access import Access
 from p2pmoe.server.announcer import Announcer
 from p2pmoe.server.backend import ExpertBackend
 from p2pmoe.server.handlers import ExpertHandlers
 from p2pmoe.server.hosting import make_backends
+from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.runtime import Runtime
 from p2pmoe.types import Endpoint, PeerId
 
@@ -69,6 +72,7 @@ class Node:
         self._drain_timeout_s = self.config.http.drain_timeout_s
         self._parts = contextlib.AsyncExitStack()
         self._identity: Identity | None = None
+        self._doorkeeper: Access | None = None
         self._dht: DHTNode | None = None
         self._endpoint: Endpoint | None = None
         self.directory: ExpertDirectory | None = None
@@ -137,11 +141,16 @@ class Node:
             torch.set_num_threads(config.torch_threads)
         self.stage = "identity"
         self._identity = _open_identity(config)
+        self._doorkeeper = _open_access(config, self._identity)
         self.stage = "experts"
         self.backends = self._given + make_backends(config.experts, config.batching, config.optimizer, config.devices)
         runtimes = self._start_runtimes(parts)
         self.handlers = ExpertHandlers(
-            self.backends, runtimes.values(), metrics=self.metrics, peer_id=self._identity.peer_id
+            self.backends,
+            runtimes.values(),
+            metrics=self.metrics,
+            peer_id=self._identity.peer_id,
+            quota=CallerQuota(config.limits, clock=time.monotonic),
         )
         for backend in self.backends:
             for pool in backend.get_pools():
@@ -167,7 +176,12 @@ class Node:
     async def _start_http(self, parts: contextlib.AsyncExitStack, handlers: ExpertHandlers) -> None:
         config = self.config.http
         server = HttpServer(
-            handlers, config, self.config.limits, server_name=self._server_name, render_metrics=self.metrics.render
+            handlers,
+            config,
+            self.config.limits,
+            server_name=self._server_name,
+            render_metrics=self.metrics.render,
+            doorkeeper=self._doorkeeper,
         )
         await server.start()
         parts.push_async_callback(server.close)
@@ -237,6 +251,18 @@ def _open_identity(config: NodeConfig) -> Identity:
     if config.identity_path is None:
         return Identity.generate()
     return Identity.load_or_create(config.identity_path)
+
+
+def _open_access(config: NodeConfig, identity: Identity) -> Access:
+    """Raises IdentityError when a key or token file cannot be used."""
+    access, token_path = config.access, config.admin.token_path
+    return Access(
+        access,
+        identity.public_key,
+        swarm_key=None if access.swarm_key_path is None else SwarmKey.load(access.swarm_key_path),
+        admin_token=None if token_path is None else load_admin_token(token_path),
+        clock=time.monotonic,
+    )
 
 
 async def _in_thread(function: Callable[[], None]) -> None:

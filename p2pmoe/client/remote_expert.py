@@ -20,6 +20,8 @@ from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.exchange import CallGroup, make_call
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import (
+    AccessDeniedError,
+    AuthenticationError,
     DeadlineError,
     DrainingError,
     ExpertNotFoundError,
@@ -37,7 +39,14 @@ from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tenso
 from p2pmoe.rpc.base import Flat
 from p2pmoe.types import Pass
 
-_TRY_ANOTHER = (PeerUnreachableError, DrainingError, UnknownExpertError, OverloadedError)
+_TRY_ANOTHER = (
+    PeerUnreachableError,
+    DrainingError,
+    UnknownExpertError,
+    OverloadedError,
+    AuthenticationError,
+    AccessDeniedError,
+)
 _PAUSE_S = 0.2  # before the round of providers is tried again
 
 

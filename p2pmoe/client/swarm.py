@@ -17,6 +17,8 @@ from p2pmoe.client.exchange import CallGroup, Dispatcher
 from p2pmoe.config import DHTConfig
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.errors import (
+    AccessDeniedError,
+    AuthenticationError,
     ClosedError,
     DeadlineError,
     DrainingError,
@@ -26,7 +28,7 @@ from p2pmoe.errors import (
 )
 from p2pmoe.experts.directory import ExpertDirectory, ExpertRecord, Provider
 from p2pmoe.experts.uid import parse_uid
-from p2pmoe.identity import Identity
+from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.rpc.base import Transport
 from p2pmoe.rpc.http.client import HttpTransport
 from p2pmoe.types import WIRE_VERSION
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from p2pmoe.client.remote_expert import RemoteExpert
 
 T = TypeVar("T")
+_LEFT_OUT = (PeerUnreachableError, DeadlineError, DrainingError, AuthenticationError, AccessDeniedError)
 UNREACHABLE_S = 5.0  # how long a peer that did not answer is left out of searches; the next failure renews it
 
 
@@ -46,6 +49,7 @@ class Swarm:
     Args:
         initial_peers: `HOST:PORT` of DHT nodes; any one that answers is enough.
         identity: the key that this client signs with; a fresh one by default.
+        swarm_key: of a private swarm.
         swarm_id: which swarm's records to read.
         directory, transport: replace the DHT and HTTP, e.g. by `StaticDirectory` and `MemoryTransport` in tests.
         timeout_s: how long finding experts may take.
@@ -59,6 +63,7 @@ class Swarm:
         initial_peers: Sequence[str] = (),
         *,
         identity: Identity | None = None,
+        swarm_key: SwarmKey | None = None,
         swarm_id: str = "p2pmoe",
         dht_config: DHTConfig | None = None,
         directory: Directory | None = None,
@@ -66,9 +71,11 @@ class Swarm:
         timeout_s: float = 10.0,
     ) -> None:
         self._dht: DHTNode | None = None
+        self.identity = identity or Identity.generate()
+        self._swarm_key = swarm_key
         if directory is None:
             config = dht_config or DHTConfig(initial_peers=tuple(initial_peers), swarm_id=swarm_id)
-            self._dht = DHTNode(identity or Identity.generate(), config, client_mode=True)
+            self._dht = DHTNode(self.identity, config, client_mode=True)
             directory = ExpertDirectory(self._dht)
         self.directory: Directory = directory
         self.timeout_s = timeout_s
@@ -94,7 +101,7 @@ class Swarm:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="p2pmoe-swarm", daemon=True)
             self._thread.start()
-            self._transport = self._transport or HttpTransport()
+            self._transport = self._transport or HttpTransport(identity=self.identity, swarm_key=self._swarm_key)
             self._dispatcher = Dispatcher(self._transport, self._loop)
 
     def close(self) -> None:
@@ -178,8 +185,8 @@ class Swarm:
         raise last or ExpertNotFoundError(f"no live provider of {uid} is known")
 
     def note_failure(self, provider: Provider, error: P2PMoEError) -> None:
-        """A peer that cannot be reached is left out of searches for a while."""
-        if isinstance(error, (PeerUnreachableError, DeadlineError, DrainingError)):
+        """A peer that cannot be reached, or does not serve us, is left out of searches for a while."""
+        if isinstance(error, _LEFT_OUT):
             self.directory.mark_unreachable(provider.peer_id, UNREACHABLE_S)
 
     # -- calling

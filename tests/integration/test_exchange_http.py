@@ -80,7 +80,7 @@ class Raw:
     async def begin(self, path: str = PATH, method: str = "POST", **headers: Any) -> None:
         lines = [
             f"{method} {path} HTTP/1.1",
-            "Host: test",
+            "Host: localhost",
             *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items()),
         ]
         await self.send("\r\n".join([*lines, "", ""]).encode())

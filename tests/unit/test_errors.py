@@ -42,6 +42,8 @@ def test_names_end_in_error_and_fault_is_ours_or_theirs() -> None:
     ("code", "name"),
     [
         (400, "BadRequestError"),
+        (401, "AuthenticationError"),
+        (403, "AccessDeniedError"),
         (404, "UnknownExpertError"),
         (409, "ReplayConflictError"),
         (413, "TooLargeError"),
@@ -65,7 +67,7 @@ def test_a_status_code_picks_its_class(code: int, name: str) -> None:
 
 def test_every_call_error_has_a_code_of_its_own() -> None:
     codes = [each.code for each in classes() if issubclass(each, CallError) and each is not CallError]
-    assert len(codes) == len(set(codes)) == 9
+    assert len(codes) == len(set(codes)) == 11
     for each in classes():
         if issubclass(each, CallError) and each is not CallError:
             assert type(call_error(each.code, "")) is each

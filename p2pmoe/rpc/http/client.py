@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import aiohttp
+from aiohttp import hdrs
 from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
+from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import ResponseHeader, response_decoder
-from p2pmoe.rpc.http.documents import fetch_json, open_session, refusal, unreachable
+from p2pmoe.rpc.http.client_sessions import ClientSessions
+from p2pmoe.rpc.http.documents import fetch_json, open_session, post_document, refusal, unreachable
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 _EXCHANGE_PATH = f"/p2pmoe/v{WIRE_VERSION}/exchange"
@@ -57,13 +61,25 @@ async def write_frames(frames: Sequence[EncodedFrame], write: Callable[..., Any]
 
 
 class HttpTransport:
-    """Connections pooled per peer; one instance belongs to the event loop it is first used on."""
+    """Connections pooled per peer; one instance belongs to the event loop it is first used on.
 
-    def __init__(self, limits: FrameLimits | None = None, *, connect_timeout_s: float = 3.0) -> None:
+    With an `identity` calls go through a session with each node whose public key is known; without they are anonymous.
+    `swarm_key` is that of a private swarm.
+    """
+
+    def __init__(
+        self,
+        limits: FrameLimits | None = None,
+        *,
+        identity: Identity | None = None,
+        swarm_key: SwarmKey | None = None,
+        connect_timeout_s: float = 3.0,
+    ) -> None:
         self._limits = limits or FrameLimits()
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
         self._session: aiohttp.ClientSession | None = None
         self._urls: dict[Endpoint, URL] = {}
+        self._sessions = ClientSessions(identity, swarm_key, self._post_document, clock=time.monotonic)
         self.bytes_sent = 0
         self.bytes_received = 0
         self.exchanges = 0
@@ -76,10 +92,7 @@ class HttpTransport:
     ) -> AsyncGenerator[Frame[ResponseHeader], None]:
         """See `Transport.exchange`."""
         self.exchanges += 1
-        try:
-            response = await self._post(endpoint, frames)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise unreachable(endpoint, error) from error
+        response = await self._call(endpoint, frames)
         try:
             if response.status != 200:
                 raise await refusal(response)
@@ -103,6 +116,7 @@ class HttpTransport:
 
     async def close(self) -> None:
         """See `Transport.close`."""
+        await self._sessions.close()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -114,18 +128,42 @@ class HttpTransport:
             self._session = open_session(self._timeout, read_bufsize=_READ_BYTES)
         return self._session
 
-    async def _post(self, endpoint: Endpoint, frames: Sequence[EncodedFrame]) -> aiohttp.ClientResponse:
+    async def _post_document(self, endpoint: Endpoint, path: str, body: bytes) -> bytes:
+        return await post_document(self._open(), endpoint, path, body)
+
+    async def _call(self, endpoint: Endpoint, frames: Sequence[EncodedFrame]) -> aiohttp.ClientResponse:
+        authorization = await self._sessions.authorize(endpoint)
+        response = await self._post_or_fail(endpoint, frames, authorization)
+        if response.status == 401 and self._sessions.covers(endpoint):  # the node was restarted, or wants sessions now
+            response.close()
+            self._sessions.forget(endpoint, authorization)
+            authorization = await self._sessions.authorize(endpoint)
+            response = await self._post_or_fail(endpoint, frames, authorization)
+        return response
+
+    async def _post_or_fail(
+        self, endpoint: Endpoint, frames: Sequence[EncodedFrame], authorization: str | None
+    ) -> aiohttp.ClientResponse:
+        try:
+            return await self._post(endpoint, frames, authorization)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise unreachable(endpoint, error) from error
+
+    async def _post(
+        self, endpoint: Endpoint, frames: Sequence[EncodedFrame], authorization: str | None
+    ) -> aiohttp.ClientResponse:
         url = self._urls.get(endpoint)
         if url is None:
             url = self._urls[endpoint] = URL(endpoint.url + _EXCHANGE_PATH)
         payload = FramesPayload(frames)
         self.bytes_sent += payload.size or 0
         session = self._open()
+        headers = None if authorization is None else {hdrs.AUTHORIZATION: authorization}
         try:
-            return await session.post(url, data=payload, allow_redirects=False)
+            return await session.post(url, data=payload, headers=headers, allow_redirects=False)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             if isinstance(error, aiohttp.ClientConnectorError):
                 raise
             # A pooled connection may have been closed by the peer just now. The ids are the same, and the
             # server applies a backward id at most once, so asking again is safe.
-            return await session.post(url, data=FramesPayload(frames), allow_redirects=False)
+            return await session.post(url, data=FramesPayload(frames), headers=headers, allow_redirects=False)
