@@ -174,7 +174,7 @@ class ExpertHandlers:
             return
         stats.compute_seconds.observe(seconds)
         stats.batch_rows.observe(batch.rows)
-        stats.queue_seconds.observe(batch.taken_at - batch.tasks[0].arrived)
+        stats.queue_seconds.observe(batch.taken_at - min(task.arrived for task in batch.tasks))
         if stats.direction == "backward":
             stats.updates += 1
 
@@ -186,11 +186,11 @@ class ExpertHandlers:
         timeout_ms = header.parameters.timeout_ms
         deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1e3
         if header.parameters.direction == "forward" or not header.id:
-            return plan.pool.submit(frame.tensors, deadline=deadline).future
+            return plan.pool.submit(frame.tensors, deadline=deadline, caller=caller.key).future
         repeated = self._replay.repeat(header.id, header.model_name)
         if repeated is not None:
             return repeated
-        task = plan.pool.submit(frame.tensors, deadline=deadline)
+        task = plan.pool.submit(frame.tensors, deadline=deadline, caller=caller.key)
         return self._replay.first(header.id, header.model_name, plan.pool, task)
 
     def _backend(self, uid: str) -> ExpertBackend:

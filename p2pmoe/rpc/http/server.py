@@ -27,6 +27,7 @@ from p2pmoe.errors import (
 from p2pmoe.protocol.frames import EncodedFrame, FrameLimits
 from p2pmoe.protocol.messages import version_mismatch
 from p2pmoe.rpc.base import Doorkeeper, Service
+from p2pmoe.rpc.budget import SharedBudget
 from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
 from p2pmoe.rpc.http.client import JOIN_BYTES, write_frames
 from p2pmoe.rpc.http.documents import WIRE_VERSION_HEADER
@@ -61,7 +62,7 @@ class HttpServer:
         self._config = config
         self._limits = limits
         self._frame_limits = frame_limits(limits)
-        self._budget = ByteBudget(limits.max_inflight_bytes)
+        self._budget = SharedBudget(limits.max_inflight_bytes)
         self._server_name = server_name
         self._render_metrics = render_metrics
         self._door = Door(doorkeeper, read_timeout_s=limits.idle_read_timeout_s)
@@ -167,11 +168,14 @@ class HttpServer:
                 f"an exchange of {request.content_length} bytes is over the limit of "
                 f"{self._limits.max_exchange_bytes}; split it"
             )
-        return await _Exchange(request, caller, self._service, self._frame_limits, self._budget, self._limits).run()
+        budget = self._budget.of(caller.key)
+        return await _Exchange(request, caller, self._service, self._frame_limits, budget, self._limits).run()
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
         caller = self._door.identify(request)
-        return await infer(request, caller, self._service, self._limits, self._frame_limits, self._budget)
+        return await infer(
+            request, caller, self._service, self._limits, self._frame_limits, self._budget.of(caller.key)
+        )
 
     async def _experts(self, request: web.Request) -> web.Response:
         return _json({"experts": self._service.experts()})
