@@ -23,7 +23,7 @@ Seconds = Annotated[float, Meta(gt=0)]
 Milliseconds = Annotated[float, Meta(ge=0)]
 Rate = Annotated[float, Meta(gt=0)]
 """A number a second; `inf` is no limit."""
-PeerIdText = Annotated[str, Meta(pattern="^[a-z2-7]{32}$")]
+PeerIdText = Annotated[str, Meta(pattern="^[a-z2-7]{32}\\Z")]
 
 
 class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

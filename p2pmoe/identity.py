@@ -212,11 +212,11 @@ def load_admin_token(path: str | os.PathLike[str]) -> bytes:
         IdentityError: the file is missing, unreadable, no such line, or others than its owner may read it.
     """
     path = Path(path)
-    token = _read_private_file(path, f"make it with: p2pmoe id new-admin-token {path}").strip()
+    token = _read_private_file(path, f"make it with: p2pmoe id admin-token {path}").strip()
     if len(token) < MIN_TOKEN_CHARACTERS or len(token) > 1024 or not all(0x21 <= byte <= 0x7E for byte in token):
         raise IdentityError(
             f"token file {path} must hold one line of {MIN_TOKEN_CHARACTERS} or more printable characters without "
-            f"spaces; make another with: p2pmoe id new-admin-token FILE"
+            f"spaces; make another with: p2pmoe id admin-token FILE"
         )
     return token
 

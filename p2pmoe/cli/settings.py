@@ -16,6 +16,7 @@ import msgspec
 
 from p2pmoe.config import DHTConfig, NodeConfig, Section, parse_host_port
 from p2pmoe.errors import ConfigError
+from p2pmoe.identity import Identity
 
 PREFIX: Final = "P2PMOE_"
 OF_THE_COMMAND: Final = frozenset({"P2PMOE_DEBUG"})
@@ -119,6 +120,12 @@ def load_client_config(
     for peer in config.initial_peers:
         parse_host_port(peer, what="initial peer")
     return DHTConfig(**{key: getattr(config, key) for key in _CLIENT_KEYS})
+
+
+def load_client_identity(path: str | None, environ: Mapping[str, str] | None = None) -> Identity:
+    """The key that a command signs with: that of a file, else a fresh one. Raises IdentityError."""
+    config = load_node_config(None, {"identity_path": path}, os.environ if environ is None else environ)
+    return Identity.generate() if config.identity_path is None else Identity.load(config.identity_path)
 
 
 def split_lists(values: Sequence[str] | None) -> tuple[str, ...] | None:

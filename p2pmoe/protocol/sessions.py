@@ -30,8 +30,8 @@ MAX_SESSION_BYTES: Final = 4096
 _DOMAIN: Final = b"p2pmoe-session-1\0"
 _SWARM_PURPOSE: Final = b"session"
 
-Hex32 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Hex64 = Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
+Hex32 = Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")]
+Hex64 = Annotated[str, Meta(pattern="^[0-9a-f]{128}\\Z")]
 Lifetime = Annotated[float, Meta(ge=0, le=1e6)]
 
 
@@ -57,7 +57,7 @@ class SessionRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 class SessionToken(msgspec.Struct, frozen=True):
     """What calls carry from now on."""
 
-    token: Annotated[str, Meta(pattern="^[A-Za-z0-9_.=-]{1,512}$")]
+    token: Annotated[str, Meta(pattern="^[A-Za-z0-9_.=-]{1,512}\\Z")]
     expires_in_s: Lifetime
 
     def __repr__(self) -> str:
