@@ -21,6 +21,9 @@ Positive = Annotated[int, Meta(gt=0)]
 NonNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 Milliseconds = Annotated[float, Meta(ge=0)]
+Rate = Annotated[float, Meta(gt=0)]
+"""A number a second; `inf` is no limit."""
+PeerIdText = Annotated[str, Meta(pattern="^[a-z2-7]{32}\\Z")]
 
 
 class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -58,14 +61,45 @@ class LimitsConfig(Section, frozen=True):
     """Tensor bytes of all calls being received or computed, over all callers."""
     idle_read_timeout_s: Seconds = 30.0
     """How long a caller may pause in the middle of a request body."""
+    caller_calls_per_s: Rate = 20_000.0
+    """Calls of one caller: a peer id, or an address without one (of IPv6 its /64)."""
+    caller_bytes_per_s: Rate = 4e9
+    """Tensor bytes that one caller sends."""
+    caller_updates_per_s: Rate = 10_000.0
+    """Backward calls of one caller."""
+    caller_burst_s: Seconds = 2.0
+    """How many seconds' worth of the three rates above a caller may use at once."""
+    caller_max_calls: Positive = 2048
+    """Calls of one caller that wait or compute, over all experts."""
+    max_callers: Positive = 16_384
+    """Callers whose use is remembered; beyond it the one that was silent longest is forgotten."""
 
 
 class AccessConfig(Section, frozen=True):
-    """`[access]`: who may join and call."""
+    """`[access]`: who may call. Documents and health stay open to everybody."""
 
+    mode: Literal["open", "identified"] = "open"
+    """open: callers without an identity are served too; identified: every caller proves a key of its own.
+    `allow` and `swarm_key_path` ask for identities by themselves."""
+    allow: tuple[PeerIdText, ...] = ()
+    """Peer ids; with any in the list only these may call."""
+    deny: tuple[PeerIdText, ...] = ()
+    """Peer ids that may not call, also when `allow` names them."""
     swarm_key_path: str | None = None
-    """File with the secret of a private swarm, mode 0600; `p2pmoe id swarm-key new` makes it. Without it the swarm
-    is open to everybody."""
+    """The secret that the members of a private swarm share (mode 0600): only its holders may join and call."""
+    session_lifetime_s: Seconds = 600.0
+    """How long a caller is known before it proves its key again."""
+    sessions_per_s: Rate = 5.0
+    """Session handshakes of one address, ten seconds' worth at once."""
+    max_peers_per_address: Positive = 32
+    """Peer ids of one address that have limits and fair shares of their own; all further ones have one together."""
+
+
+class AdminConfig(Section, frozen=True):
+    """`[admin]`: what shows more than public status (`/metrics`) answers on loopback, or elsewhere with a token."""
+
+    token_path: str | None = None
+    """A file (mode 0600) with a token of at least 32 characters; without it nobody is answered elsewhere."""
 
 
 class DHTConfig(Section, frozen=True):
@@ -179,6 +213,7 @@ class NodeConfig(Section, frozen=True):
     gate: GateConfig = GateConfig()
     limits: LimitsConfig = LimitsConfig()
     access: AccessConfig = AccessConfig()
+    admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
 
     @classmethod

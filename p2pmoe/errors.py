@@ -28,6 +28,8 @@
             ├── BadRequestError         400  the call does not fit the expert's schema, or is malformed
             │   ├── NonFiniteError           its tensors hold NaN or infinity
             │   └── OutlierGradientError     its gradients are far over the expert's usual ones
+            ├── AuthenticationError     401  the node serves known callers only, or the session has ended
+            ├── AccessDeniedError       403  the node does not serve this caller
             ├── UnknownExpertError      404
             ├── ReplayConflictError     409  a backward id was used before, its answer is gone or differs
             ├── TooLargeError           413
@@ -187,6 +189,18 @@ class OutlierGradientError(BadRequestError):
     """The call's gradients are far over those that the expert usually gets."""
 
 
+class AuthenticationError(CallError):
+    """The caller has not proved who it is, or its session has ended."""
+
+    code = 401
+
+
+class AccessDeniedError(CallError):
+    """The node knows who calls and does not serve that caller."""
+
+    code = 403
+
+
 class UnknownExpertError(CallError, LookupError):
     """The node does not host that uid."""
 
@@ -213,7 +227,7 @@ class WireVersionError(CallError):
 
 
 class OverloadedError(CallError):
-    """The expert's queue is full; try again after `retry_after_s`."""
+    """A queue is full or the caller is over one of its limits; try again after `retry_after_s`."""
 
     code = 429
 
@@ -240,6 +254,8 @@ _BY_CODE: dict[int, type[CallError]] = {
     kind.code: kind
     for kind in (
         BadRequestError,
+        AuthenticationError,
+        AccessDeniedError,
         UnknownExpertError,
         ReplayConflictError,
         TooLargeError,

@@ -33,6 +33,7 @@ PUBLIC_KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
 NODE_ID_BYTES: Final = 20
 SWARM_KEY_BYTES: Final = 32
+MIN_TOKEN_CHARACTERS: Final = 32
 MAX_KEY_FILE_BYTES: Final = 4096
 
 _NODE_DOMAIN: Final = b"p2pmoe-node-1\0"
@@ -211,6 +212,28 @@ class SwarmKey:
 
     def __reduce__(self) -> str:
         raise TypeError("a SwarmKey is not pickled: the secret stays where it is")
+
+
+def load_admin_token(path: str | os.PathLike[str]) -> bytes:
+    """The one line of a token file (mode 0600): 32 or more printable ASCII characters without spaces.
+
+    Raises:
+        IdentityError: the file is missing, unreadable, no such line, or others than its owner may read it.
+    """
+    path = Path(path)
+    token = _read_private_file(path, f"make it with: p2pmoe id admin-token {path}").strip()
+    if len(token) < MIN_TOKEN_CHARACTERS or len(token) > 1024 or not all(0x21 <= byte <= 0x7E for byte in token):
+        raise IdentityError(
+            f"token file {path} must hold one line of {MIN_TOKEN_CHARACTERS} or more printable characters without "
+            f"spaces; make another with: p2pmoe id admin-token FILE"
+        )
+    return token
+
+
+def save_new_admin_token(path: str | os.PathLike[str]) -> None:
+    """Write a random token to a new file of mode 0600. Never overwrites. Raises IdentityError."""
+    if not _write_new_private_file(Path(path), secrets.token_urlsafe(32).encode("ascii") + b"\n"):
+        raise IdentityError(f"{path} exists already; a token is never overwritten: choose another path")
 
 
 def _parse_swarm_key(path: Path, content: bytes) -> bytes:

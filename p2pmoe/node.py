@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -25,13 +26,15 @@ from p2pmoe.dht.node import DHTNode
 from p2pmoe.dht.observations import reachable_host
 from p2pmoe.errors import ClosedError, ConfigError
 from p2pmoe.experts.directory import ExpertDirectory
-from p2pmoe.identity import Identity, SwarmKey
+from p2pmoe.identity import Identity, SwarmKey, load_admin_token
 from p2pmoe.metrics import NodeMetrics
 from p2pmoe.rpc.http.server import HttpServer
+from p2pmoe.server.access import Access
 from p2pmoe.server.announcer import Announcer
 from p2pmoe.server.backend import ExpertBackend
 from p2pmoe.server.handlers import ExpertHandlers
 from p2pmoe.server.hosting import make_backends
+from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.runtime import Runtime
 from p2pmoe.server.screening import guard_experts
 from p2pmoe.types import Endpoint, PeerId
@@ -71,6 +74,7 @@ class Node:
         self._parts = contextlib.AsyncExitStack()
         self._identity: Identity | None = None
         self._swarm_key: SwarmKey | None = None
+        self._doorkeeper: Access | None = None
         self._dht: DHTNode | None = None
         self._endpoint: Endpoint | None = None
         self.directory: ExpertDirectory | None = None
@@ -140,13 +144,18 @@ class Node:
         self.stage = "identity"
         self._identity = _open_identity(config)
         key_path = config.access.swarm_key_path
-        self._swarm_key = SwarmKey.load(key_path) if key_path else None
+        self._swarm_key = None if key_path is None else SwarmKey.load(key_path)
+        self._doorkeeper = _open_access(config, self._identity, self._swarm_key)
         self.stage = "experts"
         self.backends = self._given + make_backends(config.experts, config.batching, config.optimizer, config.devices)
         guard_experts(self.backends, config.gate, self.metrics)
         runtimes = self._start_runtimes(parts)
         self.handlers = ExpertHandlers(
-            self.backends, runtimes.values(), metrics=self.metrics, peer_id=self._identity.peer_id
+            self.backends,
+            runtimes.values(),
+            metrics=self.metrics,
+            peer_id=self._identity.peer_id,
+            quota=CallerQuota(config.limits, clock=time.monotonic),
         )
         for backend in self.backends:
             for pool in backend.get_pools():
@@ -172,7 +181,12 @@ class Node:
     async def _start_http(self, parts: contextlib.AsyncExitStack, handlers: ExpertHandlers) -> None:
         config = self.config.http
         server = HttpServer(
-            handlers, config, self.config.limits, server_name=self._server_name, render_metrics=self.metrics.render
+            handlers,
+            config,
+            self.config.limits,
+            server_name=self._server_name,
+            render_metrics=self.metrics.render,
+            doorkeeper=self._doorkeeper,
         )
         await server.start()
         parts.push_async_callback(server.close)
@@ -242,6 +256,18 @@ def _open_identity(config: NodeConfig) -> Identity:
     if config.identity_path is None:
         return Identity.generate()
     return Identity.load_or_create(config.identity_path)
+
+
+def _open_access(config: NodeConfig, identity: Identity, swarm_key: SwarmKey | None) -> Access:
+    """Raises IdentityError when the token file cannot be used."""
+    token_path = config.admin.token_path
+    return Access(
+        config.access,
+        identity.public_key,
+        swarm_key=swarm_key,
+        admin_token=None if token_path is None else load_admin_token(token_path),
+        clock=time.monotonic,
+    )
 
 
 async def _in_thread(function: Callable[[], None]) -> None:

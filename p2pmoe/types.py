@@ -14,6 +14,22 @@ WIRE_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls a node.
+
+    `key` is what limits and fair shares go by: the peer id of a caller that has proved its key, else the address
+    that it calls from.
+    """
+
+    key: str
+    peer_id: PeerId | None = None
+
+
+LOCAL_CALLER = Caller("local")
+"""Whoever calls from inside the process."""
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a node's HTTP service listens, and whose it is.
 

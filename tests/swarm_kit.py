@@ -18,6 +18,7 @@ from p2pmoe.config import HttpConfig, LimitsConfig
 from p2pmoe.experts.directory import Provider
 from p2pmoe.metrics import NodeMetrics
 from p2pmoe.protocol.frames import FrameLimits
+from p2pmoe.rpc.base import Doorkeeper
 from p2pmoe.rpc.http.client import HttpTransport
 from p2pmoe.rpc.http.server import HttpServer
 from p2pmoe.rpc.memory import Link, MemoryNetwork, MemoryTransport
@@ -184,7 +185,10 @@ def _providers(peers: Iterable[Peer]) -> dict[str, list[Provider]]:
 
 @contextlib.contextmanager
 def serve_http(
-    service: Any, limits: LimitsConfig | None = None, config: HttpConfig | None = None
+    service: Any,
+    limits: LimitsConfig | None = None,
+    config: HttpConfig | None = None,
+    doorkeeper: Doorkeeper | None = None,
 ) -> Iterator[tuple[Endpoint, Callable[[], None]]]:
     """An HTTP server in a loop thread of its own; its endpoint and how to stop it early."""
     loop = asyncio.new_event_loop()
@@ -196,6 +200,7 @@ def serve_http(
         limits or LimitsConfig(),
         server_name="test",
         render_metrics=NodeMetrics().render,
+        doorkeeper=doorkeeper,
     )
 
     def run(coroutine: Any) -> None:

@@ -17,7 +17,14 @@ from p2pmoe.cli.output import print_json
 from p2pmoe.cli.settings import load_node_config
 from p2pmoe.errors import ConfigError, DecodeError, IdentityError
 from p2pmoe.experts.uid import parse_prefix
-from p2pmoe.identity import MAX_KEY_FILE_BYTES, PUBLIC_KEY_BYTES, Identity, SwarmKey, peer_id_of
+from p2pmoe.identity import (
+    MAX_KEY_FILE_BYTES,
+    PUBLIC_KEY_BYTES,
+    Identity,
+    SwarmKey,
+    peer_id_of,
+    save_new_admin_token,
+)
 from p2pmoe.protocol.delegations import MAX_FILE_BYTES, delegate, format_delegation, parse_delegation
 
 app = typer.Typer(
@@ -168,6 +175,24 @@ def new_swarm_key(
         print_json({"path": str(path)})
     else:
         typer.echo(f"{path}: give every member a copy over a channel that nobody else reads")
+
+
+@app.command("admin-token")
+def admin_token(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="What node.toml calls admin.token_path.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make the token that lets you read a node's metrics from another machine; never overwrites one.
+
+    Send it as [bold]Authorization: Bearer TOKEN[/bold].
+
+    Example: [bold]p2pmoe id admin-token admin.token[/bold]
+    """
+    save_new_admin_token(path)
+    if as_json:
+        print_json({"path": str(path)})
+    else:
+        typer.echo(str(path))
 
 
 def _print(identity: Identity, path: Path, *, as_json: bool) -> None:

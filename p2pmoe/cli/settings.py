@@ -16,7 +16,7 @@ import msgspec
 
 from p2pmoe.config import DHTConfig, NodeConfig, Section, parse_host_port
 from p2pmoe.errors import ConfigError
-from p2pmoe.identity import SwarmKey
+from p2pmoe.identity import Identity, SwarmKey
 
 PREFIX: Final = "P2PMOE_"
 OF_THE_COMMAND: Final = frozenset({"P2PMOE_DEBUG"})
@@ -130,6 +130,12 @@ def load_swarm_key(path: str | None, environ: Mapping[str, str] | None = None) -
     """The secret of a private swarm for a command that only asks; None for an open one. Raises IdentityError."""
     found = load_node_config(None, {"access.swarm_key_path": path}, environ).access.swarm_key_path
     return SwarmKey.load(found) if found else None
+
+
+def load_client_identity(path: str | None, environ: Mapping[str, str] | None = None) -> Identity:
+    """The key that a command signs with: that of a file, else a fresh one. Raises IdentityError."""
+    config = load_node_config(None, {"identity_path": path}, os.environ if environ is None else environ)
+    return Identity.generate() if config.identity_path is None else Identity.load(config.identity_path)
 
 
 def split_lists(values: Sequence[str] | None) -> tuple[str, ...] | None:

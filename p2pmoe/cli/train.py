@@ -27,7 +27,7 @@ from p2pmoe.cli.output import open_console
 from p2pmoe.cli.process import prepare_process
 from p2pmoe.cli.progress import open_display
 from p2pmoe.cli.results import finish, make_run_dir
-from p2pmoe.cli.settings import load_client_config, load_swarm_key, split_lists
+from p2pmoe.cli.settings import load_client_config, load_client_identity, load_swarm_key, split_lists
 from p2pmoe.config import LogConfig
 from p2pmoe.experts.uid import UidPattern
 from p2pmoe.training.tasks import TASKS, MakeTask, find_task
@@ -43,6 +43,13 @@ def train(
     swarm_id: SwarmId = None,
     owner: Owner = None,
     swarm_key: SwarmKeyFile = None,
+    identity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY_FILE",
+            help="Who you are to the nodes; a fresh key if left out. `p2pmoe id new` makes one. [P2PMOE_IDENTITY_PATH]",
+        ),
+    ] = None,
     uid_prefix: Annotated[str, typer.Option("--uid-prefix", help="Name in front of the experts' coordinates.")] = "ffn",
     grid: Grid = "4x4",
     k_best: Annotated[int, typer.Option("--k-best", min=1, help="Experts a sample.")] = 4,
@@ -66,6 +73,7 @@ def train(
     set_up_logs(LogConfig(level="warning"))
     dht = load_client_config(split_lists(initial_peers) or (), swarm_id, owner=owner)
     secret = load_swarm_key(swarm_key)
+    key = load_client_identity(identity)
     prefix = UidPattern.parse(f"{uid_prefix.rstrip('.')}.*").name
     sizes = parse_grid(grid)
     with hold_signals():
@@ -86,7 +94,7 @@ def train(
         uid_prefix=prefix,
         hidden_dim=hidden_dim,
     )
-    with Swarm(dht_config=dht, swarm_key=secret) as swarm:
+    with Swarm(dht_config=dht, identity=key, swarm_key=secret) as swarm:
         result = train_with_display(swarm, make_task, options, console)
     finish(result, console, run_dir, as_json=as_json)
 

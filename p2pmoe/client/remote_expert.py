@@ -21,6 +21,8 @@ from p2pmoe.client.exchange import CallGroup, make_call
 from p2pmoe.client.replies import check_finite, check_finite_async
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import (
+    AccessDeniedError,
+    AuthenticationError,
     DeadlineError,
     DecodeError,
     DrainingError,
@@ -39,7 +41,15 @@ from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tenso
 from p2pmoe.rpc.base import Flat
 from p2pmoe.types import Pass
 
-_TRY_ANOTHER = (PeerUnreachableError, DrainingError, UnknownExpertError, OverloadedError, DecodeError)
+_TRY_ANOTHER = (
+    PeerUnreachableError,
+    DrainingError,
+    UnknownExpertError,
+    OverloadedError,
+    AuthenticationError,
+    AccessDeniedError,
+    DecodeError,
+)
 _PAUSE_S = 0.2  # before the round of providers is tried again
 
 

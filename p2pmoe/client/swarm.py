@@ -84,9 +84,11 @@ class Swarm:
         self._verify_options = VerifyOptions(verify_fraction, verify_rtol, verify_atol, verify_seed)
         self.check_finite = check_finite
         self._dht: DHTNode | None = None
+        self.identity = identity or Identity.generate()
+        self._swarm_key = swarm_key
         if directory is None:
             config = dht_config or DHTConfig(initial_peers=tuple(initial_peers), swarm_id=swarm_id, owner=owner)
-            self._dht = DHTNode(identity or Identity.generate(), config, client_mode=True, swarm_key=swarm_key)
+            self._dht = DHTNode(self.identity, config, client_mode=True, swarm_key=swarm_key)
             directory = ExpertDirectory(self._dht)
         self.directory: Directory = directory
         self.trust = Trust(directory)
@@ -115,7 +117,7 @@ class Swarm:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="p2pmoe-swarm", daemon=True)
             self._thread.start()
-            self._transport = self._transport or HttpTransport()
+            self._transport = self._transport or HttpTransport(identity=self.identity, swarm_key=self._swarm_key)
             self._dispatcher = Dispatcher(self._transport, self._loop, self._note_broken_reply)
             if self._verify_options.fraction:
                 find, ask = self.find_providers, self.call_async
@@ -206,7 +208,10 @@ class Swarm:
         raise last or ExpertNotFoundError(f"no live provider of {uid} is known")
 
     def note_failure(self, provider: Provider, error: P2PMoEError) -> None:
-        """A peer that cannot be reached is left out of searches for a while, one that lied loses standing."""
+        """A peer that cannot be reached, or does not serve us, is left out of searches for a while.
+
+        One that lied loses standing.
+        """
         self.trust.note_failure(provider, error)
 
     # -- calling

@@ -12,12 +12,21 @@ from typing import Final
 
 from p2pmoe.client.directory import Directory
 from p2pmoe.client.standing import Evidence, Standing
-from p2pmoe.errors import DeadlineError, DrainingError, NonFiniteReplyError, P2PMoEError, PeerUnreachableError
+from p2pmoe.errors import (
+    AccessDeniedError,
+    AuthenticationError,
+    DeadlineError,
+    DrainingError,
+    NonFiniteReplyError,
+    P2PMoEError,
+    PeerUnreachableError,
+)
 from p2pmoe.experts.directory import Provider
 from p2pmoe.types import PeerId
 
 log = logging.getLogger(__name__)
 
+_LEFT_OUT: Final = (PeerUnreachableError, DeadlineError, DrainingError, AuthenticationError, AccessDeniedError)
 UNREACHABLE_S: Final = 5.0
 """How long a peer that did not answer is left out of searches; the next failure renews it."""
 LOG_EVERY_S: Final = 10.0
@@ -45,7 +54,7 @@ class Trust:
 
         Replies that break the wire format or the schema are noted where they are read, once for each exchange.
         """
-        if isinstance(error, (PeerUnreachableError, DeadlineError, DrainingError)):
+        if isinstance(error, _LEFT_OUT):
             self._directory.mark_unreachable(provider.peer_id, UNREACHABLE_S)
         elif isinstance(error, NonFiniteReplyError) and error.is_evidence:
             self.note_lie(provider.peer_id, "non_finite", str(error))

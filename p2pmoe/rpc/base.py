@@ -1,7 +1,7 @@
 """What a transport and a service are to each other. Knows neither HTTP nor experts.
 
-`Service` is what a node offers, `Transport` is how a caller reaches one. Both sides exist twice: the service as
-`server/handlers.py` and as fakes in tests; the transport over HTTP and in memory.
+`Service` is what a node offers, `Doorkeeper` says who may ask for it, `Transport` is how a caller reaches one. Each
+exists twice: service and doorkeeper in `server` and as fakes in tests; the transport over HTTP and in memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 
 from p2pmoe.protocol.frames import EncodedFrame, Frame
 from p2pmoe.protocol.messages import RequestHeader, ResponseHeader, TensorHeader
-from p2pmoe.types import Endpoint
+from p2pmoe.protocol.sessions import SessionNonce, SessionRequest, SessionToken
+from p2pmoe.types import Caller, Endpoint
 
 Flat = tuple[torch.Tensor, ...]
 """What a call takes or gives: tensors in schema order."""
@@ -23,10 +24,10 @@ Flat = tuple[torch.Tensor, ...]
 class Service(Protocol):
     """What a node answers calls with. Bookkeeping is synchronous; results come through futures of the loop."""
 
-    def admit(self, header: RequestHeader) -> None:
+    def admit(self, header: RequestHeader, caller: Caller) -> None:
         """Refuse a call by its header alone, before memory is allocated for it. Raises CallError."""
 
-    def submit(self, frame: Frame[RequestHeader]) -> asyncio.Future[Flat]:
+    def submit(self, frame: Frame[RequestHeader], caller: Caller) -> asyncio.Future[Flat]:
         """Queue an admitted call. Cancelling the future drops the call if no device has taken it.
 
         Raises CallError at once when the call cannot be queued; the future fails with CallError otherwise.
@@ -53,6 +54,32 @@ class Service(Protocol):
     @property
     def draining(self) -> bool:
         """Whether the node is about to leave and takes no new calls."""
+
+
+class Doorkeeper(Protocol):
+    """Who may call a node. `address` is always that of the connection, never what a header says of it."""
+
+    def identify(self, authorization: str | None, address: str) -> Caller:
+        """Who sends a request with this `Authorization` header. Costs a look-up for a token that was seen before.
+
+        Raises:
+            AuthenticationError: a session is needed, or the token is not one of this node's, or it has ended.
+        """
+
+    def make_nonce(self, address: str) -> SessionNonce:
+        """The first step of the handshake."""
+
+    def open_session(self, request: SessionRequest, address: str) -> SessionToken:
+        """The second step.
+
+        Raises:
+            AuthenticationError: nonce or signature are wrong.
+            AccessDeniedError: this peer may not call.
+            OverloadedError: too many handshakes.
+        """
+
+    def is_admin(self, authorization: str | None) -> bool:
+        """Whether this `Authorization` header is an admin's."""
 
 
 class Transport(Protocol):

@@ -30,7 +30,7 @@ from p2pmoe.protocol.messages import (
 )
 from p2pmoe.rpc.base import Flat, Service
 from p2pmoe.rpc.prompt import when_done
-from p2pmoe.types import WIRE_VERSION
+from p2pmoe.types import LOCAL_CALLER, WIRE_VERSION, Caller
 
 
 class ByteBudget:
@@ -71,8 +71,10 @@ class ServerExchange:
         *,
         max_calls: int,
         wake: Callable[[], None],
+        caller: Caller = LOCAL_CALLER,
     ) -> None:
         self._service = service
+        self._caller = caller
         self._budget = budget
         self._max_calls = max_calls
         self._wake = wake
@@ -164,7 +166,7 @@ class ServerExchange:
         self._count_call()
         try:
             check_wire_version(event.header)
-            self._service.admit(event.header)
+            self._service.admit(event.header, self._caller)
             self._budget.take(event.body_bytes)
         except CallError as error:
             self._reader.skip()
@@ -176,7 +178,7 @@ class ServerExchange:
     def _submit(self, frame: Frame[RequestHeader]) -> None:
         held, self._reserved = self._reserved, 0
         try:
-            future = self._service.submit(frame)
+            future = self._service.submit(frame, self._caller)
         except CallError as error:
             self._budget.give(held)
             self._fail(frame.header, error)

@@ -28,8 +28,9 @@ from p2pmoe.errors import BadRequestError, PeerUnreachableError
 from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import ResponseHeader, response_decoder
 from p2pmoe.rpc.base import Service
-from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
-from p2pmoe.types import WIRE_VERSION, Endpoint
+from p2pmoe.rpc.budget import SharedBudget
+from p2pmoe.rpc.exchange import ServerExchange
+from p2pmoe.types import LOCAL_CALLER, WIRE_VERSION, Caller, Endpoint
 
 Failure = Literal["refuse", "break_request", "break_answer", "lose_answer"]
 """What the caller loses: nobody listens; the last call is cut in two, those before it are computed and no result
@@ -42,7 +43,7 @@ _EXPERTS_PATH = f"/p2pmoe/v{WIRE_VERSION}/experts"
 class _Host:
     service: Service
     limits: FrameLimits
-    budget: ByteBudget
+    budget: SharedBudget
     max_calls: int
 
 
@@ -152,7 +153,7 @@ class MemoryNetwork:
         max_inflight_bytes: int = 2**31,
     ) -> Link:
         """Let `service` answer at `endpoint`, within the same limits as over HTTP; the link that leads there."""
-        self._hosts[endpoint] = _Host(service, limits or FrameLimits(), ByteBudget(max_inflight_bytes), max_calls)
+        self._hosts[endpoint] = _Host(service, limits or FrameLimits(), SharedBudget(max_inflight_bytes), max_calls)
         return self.link(endpoint)
 
     def unregister(self, endpoint: Endpoint) -> None:
@@ -183,10 +184,13 @@ class MemoryNetwork:
 
 
 class MemoryTransport:
-    """A `Transport` over a `MemoryNetwork`."""
+    """A `Transport` over a `MemoryNetwork`. Services see `caller`: there is no door to pass and no session."""
 
-    def __init__(self, network: MemoryNetwork, limits: FrameLimits | None = None) -> None:
+    def __init__(
+        self, network: MemoryNetwork, limits: FrameLimits | None = None, *, caller: Caller = LOCAL_CALLER
+    ) -> None:
         self._network = network
+        self._caller = caller
         self._limits = limits or FrameLimits()
 
     def __repr__(self) -> str:
@@ -199,7 +203,14 @@ class MemoryTransport:
         async with self._network.connect(endpoint, len(frames)) as (host, connection):
             link = self._network.link(endpoint)
             wake = connection.wakeup.set
-            calls = ServerExchange(host.service, host.limits, host.budget, max_calls=host.max_calls, wake=wake)
+            calls = ServerExchange(
+                host.service,
+                host.limits,
+                host.budget.of(self._caller.key),
+                max_calls=host.max_calls,
+                wake=wake,
+                caller=self._caller,
+            )
             reader: FrameReader[ResponseHeader] = FrameReader(response_decoder, self._limits)
             try:
                 _deliver(calls, frames, link.chunk_bytes, whole=connection.failure != "break_request")

@@ -6,11 +6,13 @@ Knows pools and schemas; nothing of HTTP, of the DHT, or of how a batch is compu
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import BadRequestError, CallError, DrainingError, ExpertFailedError, UnknownExpertError
 from p2pmoe.metrics import NodeMetrics
 from p2pmoe.protocol.frames import Frame
@@ -18,10 +20,13 @@ from p2pmoe.protocol.messages import RequestHeader, TensorHeader
 from p2pmoe.protocol.nested import nested_flatten
 from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tensor, schema_to_json
 from p2pmoe.rpc.base import Flat
+from p2pmoe.rpc.prompt import when_done
 from p2pmoe.server.backend import ExpertBackend
+from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.replay import ReplayWindow
 from p2pmoe.server.runtime import Runtime
 from p2pmoe.server.task_pool import Batch, TaskPool
+from p2pmoe.types import LOCAL_CALLER, Caller
 
 _READY_TIMEOUT_S = 5.0
 
@@ -35,6 +40,7 @@ class _Pass:
     protos: tuple[BatchTensorProto, ...]
     expected: tuple[tuple[str, tuple[int, ...]], ...]
     result_codecs: tuple[str, ...]
+    row_bytes: int
 
 
 class ExpertHandlers:
@@ -45,6 +51,7 @@ class ExpertHandlers:
         runtimes: the devices to wake.
         metrics: where calls are counted.
         peer_id: named in every info document.
+        quota: what one caller may ask for; the defaults of `[limits]` when it is left out.
     """
 
     def __init__(
@@ -55,12 +62,14 @@ class ExpertHandlers:
         metrics: NodeMetrics,
         peer_id: str,
         replay: ReplayWindow | None = None,
+        quota: CallerQuota | None = None,
     ) -> None:
         self.backends = {backend.name: backend for backend in backends}
         self._runtimes = list(runtimes)
         self._metrics = metrics
         self._peer_id = peer_id
         self._replay = replay or ReplayWindow()
+        self._quota = quota or CallerQuota(LimitsConfig(), clock=time.monotonic)
         self._passes = {
             (uid, name): plan for uid, backend in self.backends.items() for name, plan in _plan_passes(backend).items()
         }
@@ -74,30 +83,27 @@ class ExpertHandlers:
 
     # -- rpc.base.Service
 
-    def admit(self, header: RequestHeader) -> None:
+    def admit(self, header: RequestHeader, caller: Caller = LOCAL_CALLER) -> None:
         """See `Service.admit`."""
         try:
             if self._draining:
                 raise DrainingError("the node is shutting down; ask another provider")
+            account = self._quota.count_call(caller.key)  # first: a call that fits no schema counts too
             plan = self._plan(header)
             _check_schema(plan, header)
+            nbytes = header.inputs[0].shape[0] * plan.row_bytes
+            self._quota.charge(account, nbytes, updates=header.parameters.direction == "backward")
         except CallError as error:
             self._metrics.stats(*self._labels(header)).outcomes[str(error.code)] += 1
             raise
 
-    def submit(self, frame: Frame[RequestHeader]) -> asyncio.Future[Flat]:
+    def submit(self, frame: Frame[RequestHeader], caller: Caller = LOCAL_CALLER) -> asyncio.Future[Flat]:
         """See `Service.submit`."""
-        header = frame.header
-        plan = self._plan(header)
-        timeout_ms = header.parameters.timeout_ms
-        deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1e3
-        if header.parameters.direction == "forward" or not header.id:
-            return plan.pool.submit(frame.tensors, deadline=deadline).future
-        repeated = self._replay.repeat(header.id, header.model_name)
-        if repeated is not None:
-            return repeated
-        task = plan.pool.submit(frame.tensors, deadline=deadline)
-        return self._replay.first(header.id, header.model_name, plan.pool, task)
+        account = self._quota.account(caller.key)
+        future = self._queue(frame, caller)
+        account.begin()
+        when_done(future, account.end)
+        return future
 
     def result_codecs(self, header: RequestHeader) -> tuple[str, ...]:
         """See `Service.result_codecs`."""
@@ -169,11 +175,24 @@ class ExpertHandlers:
             return
         stats.compute_seconds.observe(seconds)
         stats.batch_rows.observe(batch.rows)
-        stats.queue_seconds.observe(batch.taken_at - batch.tasks[0].arrived)
+        stats.queue_seconds.observe(batch.taken_at - min(task.arrived for task in batch.tasks))
         if stats.direction == "backward":
             stats.updates += 1
 
     # -- private
+
+    def _queue(self, frame: Frame[RequestHeader], caller: Caller) -> asyncio.Future[Flat]:
+        header = frame.header
+        plan = self._plan(header)
+        timeout_ms = header.parameters.timeout_ms
+        deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1e3
+        if header.parameters.direction == "forward" or not header.id:
+            return plan.pool.submit(frame.tensors, deadline=deadline, caller=caller.key).future
+        repeated = self._replay.repeat(header.id, header.model_name)
+        if repeated is not None:
+            return repeated
+        task = plan.pool.submit(frame.tensors, deadline=deadline, caller=caller.key)
+        return self._replay.first(header.id, header.model_name, plan.pool, task)
 
     def _backend(self, uid: str) -> ExpertBackend:
         backend = self.backends.get(uid)
@@ -222,6 +241,7 @@ def _make_pass(pool: TaskPool, schema: Any, protos: tuple[Any, ...], results: tu
         protos=protos,
         expected=tuple((proto.datatype, proto.shape) for proto in protos),
         result_codecs=tuple(proto.codec for proto in results),
+        row_bytes=sum(proto.dtype.itemsize * math.prod(proto.shape) for proto in protos),
     )
 
 

@@ -1,4 +1,7 @@
-"""One thread a device: takes the pool whose oldest task has waited longest, computes, hands back results.
+"""One thread a device: takes the pool whose turn it is, computes, hands back results.
+
+It is the turn of the caller who has used least of the device (`fair_queue.py`); of the pools where that caller waits
+it is the one whose oldest task has waited longest.
 
 Knows pools and devices; nothing of experts, HTTP or schemas. A class has a thread; it is not one.
 """
@@ -18,6 +21,7 @@ from p2pmoe.errors import CallError, DrainingError, ExpertFailedError, NonFinite
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.doorbell import Doorbell
 from p2pmoe.server.devices import Device, Launched, Staged, open_device
+from p2pmoe.server.fair_queue import DeviceShares
 from p2pmoe.server.memory import keep_freed_memory, trim_memory
 from p2pmoe.server.task_pool import Batch, BatchGate, Task, TaskPool
 
@@ -48,6 +52,7 @@ class Runtime:
         self._closing = False
         self._pools: list[TaskPool] = []
         self._running = 0
+        self._shares = DeviceShares()
         self._computed_since_trim = True  # making experts leaves freed memory too
         self._thread: threading.Thread | None = None
         for pool in pools:
@@ -115,12 +120,14 @@ class Runtime:
                 staged = None if batch is None else self._stage(device, batch)
                 continue
             started = time.perf_counter()
+            tasks = staged.batch.tasks
             launched = self._launch(device, staged)
             staged = None
             if device.prefetches and (following := self._take_now()[0]) is not None:
                 staged = self._stage(device, following)
             if launched is not None:
                 self._finish(device, launched, started)
+            self._shares.charge(tasks, time.perf_counter() - started)
         if staged is not None:
             _deliver_error(staged.batch.tasks, DrainingError("the node is shutting down"))
 
@@ -143,18 +150,25 @@ class Runtime:
         """The batch to compute now, or how many seconds nothing will be ready unless somebody rings."""
         self._rung = False  # before the queues are read: a task that comes later rings again
         now = time.monotonic()
-        best: tuple[int, float] | None = None
+        best: tuple[int, float, float] | None = None
         chosen: TaskPool | None = None
         delay_s = _IDLE_S
-        for pool in list(self._waiting):
+        waiting = list(self._waiting)
+        for pool in waiting:
             ready_at = pool.ready_at()
             if ready_at is None:
                 self._forget(pool)
             elif ready_at > now:
                 delay_s = min(delay_s, ready_at - now)
-            elif best is None or (-pool.priority, ready_at) < best:
-                best, chosen = (-pool.priority, ready_at), pool
-        return (chosen.take_batch() if chosen is not None else None), (0.0 if chosen is not None else delay_s)
+            else:
+                rank = (-pool.priority, self._shares.least(pool.callers()) if len(waiting) > 1 else 0.0, ready_at)
+                if best is None or rank < best:
+                    best, chosen = rank, pool
+        if best is None or chosen is None:
+            self._shares.forget()
+            return None, delay_s
+        self._shares.advance(best[1])
+        return chosen.take_batch(), 0.0
 
     def _forget(self, pool: TaskPool) -> None:
         self._waiting.pop(pool, None)

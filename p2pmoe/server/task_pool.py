@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +19,8 @@ import torch
 from p2pmoe.errors import BadRequestError, CallError, ExpiredCallError, OverloadedError, SchemaError
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.prompt import PromptFuture
+from p2pmoe.server.fair_queue import FairQueue
+from p2pmoe.types import LOCAL_CALLER
 
 ProcessFunction = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -33,12 +34,18 @@ class Task:
     future: asyncio.Future[tuple[torch.Tensor, ...]]
     arrived: float
     deadline: float | None
+    caller: str = LOCAL_CALLER.key
+    """Whose fair share it is taken from."""
     taken: bool = False
+
+    def is_dead(self, now: float) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.future.cancelled() or (self.deadline is not None and now >= self.deadline)
 
 
 @dataclass(slots=True)
 class Batch:
-    """Tasks of one pool that are computed together, in their order of arrival."""
+    """Tasks of one pool that are computed together, in their order of arrival when they have one caller."""
 
     pool: TaskPool
     tasks: list[Task]
@@ -76,7 +83,7 @@ class BatchGate(Protocol):
 
 
 class TaskPool:
-    """A bounded queue of tasks for one function.
+    """A bounded queue of tasks for one function, fair to its callers (`fair_queue.py`).
 
     Args:
         process_function: takes flat tensors of a merged batch, returns a flat tuple of tensors of as many rows.
@@ -84,7 +91,8 @@ class TaskPool:
         min_batch_size: rows to wait for, at most `max_queue_delay_ms`.
         max_queue_delay_ms: how long the oldest task may wait for `min_batch_size` rows. 0 with
             `min_batch_size` > 1 means that the pool waits for the rows without limit.
-        max_queue_size: tasks that may wait; one more is refused.
+        max_queue_size: tasks that may wait. One more is refused; when others wait with more tasks than its caller, the
+            newest of theirs is refused instead.
         priority: pools of higher priority go first.
         uid: name in messages and metrics.
         clock: monotonic seconds.
@@ -115,15 +123,14 @@ class TaskPool:
         """Told of queued tasks; set by the runtime that takes this pool's batches."""
         self.gate: BatchGate | None = None
         self._clock = clock
-        self._tasks: deque[Task] = deque()
-        self._rows = 0
+        self._queue: FairQueue[Task] = FairQueue()
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"<TaskPool {self.uid}: {len(self._tasks)} tasks, {self._rows} rows>"
+        return f"<TaskPool {self.uid}: {len(self._queue)} tasks, {self._queue.rows} rows>"
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._queue)
 
     def submit_task(
         self, *tensors: torch.Tensor, deadline: float | None = None
@@ -143,7 +150,13 @@ class TaskPool:
             self.runtime.wake()
         return future
 
-    def submit(self, tensors: tuple[torch.Tensor, ...], *, deadline: float | None = None) -> Task:
+    def submit(
+        self,
+        tensors: tuple[torch.Tensor, ...],
+        *,
+        deadline: float | None = None,
+        caller: str = LOCAL_CALLER.key,
+    ) -> Task:
         """`submit_task` without waking the device: several calls that arrive together share a batch."""
         if not tensors or any(tensor.ndim == 0 for tensor in tensors):
             raise BadRequestError("a call needs tensors with the batch dimension in front")
@@ -151,16 +164,11 @@ class TaskPool:
         if any(tensor.shape[0] != rows for tensor in tensors):
             raise BadRequestError(f"the tensors of a call differ in rows: {[len(tensor) for tensor in tensors]}")
         future: PromptFuture[Flat] = PromptFuture(loop=asyncio.get_running_loop())
-        task = Task(tensors, rows, future, self._clock(), deadline)
+        task = Task(tensors, rows, future, self._clock(), deadline, caller)
         with self._lock:
-            if len(self._tasks) >= self.max_queue_size:
-                self._drop_dead(task.arrived)
-            if len(self._tasks) >= self.max_queue_size:
-                error = OverloadedError(f"{self.uid}: {self.max_queue_size} calls are waiting; try again soon")
-                error.retry_after_s = 1.0
-                raise error
-            self._tasks.append(task)
-            self._rows += rows
+            if len(self._queue) >= self.max_queue_size:
+                self._make_room(task)
+            self._queue.append(task)
         if self.runtime is not None:
             self.runtime.queued(self)
         return task
@@ -168,44 +176,40 @@ class TaskPool:
     def oldest(self) -> float | None:
         """When the oldest live task arrived, or None when nothing waits. Dead tasks are dropped on the way."""
         with self._lock:
-            now = self._clock()
-            while self._tasks and self._is_dead(self._tasks[0], now):
-                self._discard(self._tasks.popleft())
-            return self._tasks[0].arrived if self._tasks else None
+            if dead := self._queue.drop_dead_heads(self._clock()):
+                self._discard(dead)
+            return self._queue.oldest()
 
     def ready_at(self) -> float | None:
         """When a batch may be taken, on the pool's clock: the past means now. None: nothing waits."""
         if self.min_batch_size > 1:
-            self._drop_all_dead()  # rows that nobody waits for any more must not fill a batch
+            with self._lock:  # rows that nobody waits for any more must not fill a batch
+                self._discard(self._queue.drop_dead(self._clock()))
         oldest = self.oldest()
         if oldest is None:
             return None
-        if self._rows >= self.min_batch_size:
+        if self._queue.rows >= self.min_batch_size:
             return oldest
         ready = oldest + self.max_queue_delay_s if self.max_queue_delay_s > 0 else float("inf")
         with self._lock:
             # A task that expires while the pool waits for rows must be told so then.
-            return min([ready, *(task.deadline for task in self._tasks if task.deadline is not None)])
+            return min([ready, *(task.deadline for task in self._queue.tasks() if task.deadline is not None)])
 
     def take_batch(self) -> Batch | None:
-        """The next batch: the oldest live tasks up to `max_batch_size` rows; None when nothing waits."""
-        batch: list[Task] = []
-        rows = 0
+        """The next batch: live tasks up to `max_batch_size` rows, fair to the callers; None when nothing waits."""
         now = self._clock()
         with self._lock:
-            while self._tasks:
-                task = self._tasks[0]
-                if self._is_dead(task, now):
-                    self._discard(self._tasks.popleft())
-                    continue
-                if batch and rows + task.rows > self.max_batch_size:
-                    break
-                self._tasks.popleft()
-                self._rows -= task.rows
+            batch, rows, dead = self._queue.take(self.max_batch_size, now)
+            for task in batch:
                 task.taken = True
-                batch.append(task)
-                rows += task.rows
+            if dead:
+                self._discard(dead)
         return Batch(self, batch, rows, now) if batch else None
+
+    def callers(self) -> list[str]:
+        """Who has something waiting."""
+        with self._lock:
+            return self._queue.callers()
 
     def cancel(self, task: Task) -> bool:
         """Drop a task unless a device has taken it; whether it was dropped."""
@@ -218,35 +222,34 @@ class TaskPool:
     def drain(self) -> list[Task]:
         """Everything that still waits, taken out."""
         with self._lock:
-            tasks, self._tasks, self._rows = list(self._tasks), deque(), 0
+            tasks, self._queue = self._queue.tasks(), FairQueue()
         return tasks
-
-    def _drop_all_dead(self) -> None:
-        with self._lock:
-            self._drop_dead(self._clock())
 
     # -- private, with the lock held
 
-    @staticmethod
-    def _is_dead(task: Task, now: float) -> bool:
-        return task.future.cancelled() or (task.deadline is not None and now >= task.deadline)
+    def _make_room(self, task: Task) -> None:
+        """Raises OverloadedError when it is this task's caller who has most in the full queue."""
+        self._discard(self._queue.drop_dead(task.arrived))
+        if len(self._queue) < self.max_queue_size:
+            return
+        error = OverloadedError(f"{self.uid}: {self.max_queue_size} calls are waiting; try again soon")
+        error.retry_after_s = 1.0
+        greedy = self._queue.push_out(task.caller)
+        if greedy is None:
+            raise error
+        _fail_soon(greedy, error)
 
-    def _discard(self, task: Task) -> None:
-        self._rows -= task.rows
-        if not task.future.cancelled():
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                task.future.get_loop().call_soon_threadsafe(_expire, task.future, self.uid)
-
-    def _drop_dead(self, now: float) -> None:
-        live: deque[Task] = deque()
-        for task in self._tasks:
-            if self._is_dead(task, now):
-                self._discard(task)
-            else:
-                live.append(task)
-        self._tasks = live
+    def _discard(self, dead: Iterable[Task]) -> None:
+        for task in dead:
+            _fail_soon(task, ExpiredCallError(f"{self.uid}: the call's deadline passed while it was queued"))
 
 
-def _expire(future: asyncio.Future[tuple[torch.Tensor, ...]], uid: str) -> None:
+def _fail_soon(task: Task, error: CallError) -> None:
+    if not task.future.cancelled():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            task.future.get_loop().call_soon_threadsafe(_fail, task.future, error)
+
+
+def _fail(future: asyncio.Future[tuple[torch.Tensor, ...]], error: CallError) -> None:
     if not future.done():
-        future.set_exception(ExpiredCallError(f"{uid}: the call's deadline passed while it was queued"))
+        future.set_exception(error)

@@ -80,7 +80,7 @@ class Raw:
     async def begin(self, path: str = PATH, method: str = "POST", **headers: Any) -> None:
         lines = [
             f"{method} {path} HTTP/1.1",
-            "Host: test",
+            "Host: localhost",
             *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items()),
         ]
         await self.send("\r\n".join([*lines, "", ""]).encode())
@@ -394,12 +394,12 @@ async def test_bytes_in_flight_over_the_limit_are_429(world: World) -> None:
         asyncio.create_task(post(world.alice, b"".join(call(f"{i}.{j}", large, uid="gate.0") for j in range(4))))
         for i in range(4)
     ]
-    await until(lambda: any(task.done() for task in exchanges) or world.alice.runtime.tasks_waiting >= 9)
+    await until(lambda: any(task.done() for task in exchanges) or world.alice.runtime.tasks_waiting >= 7)
     gate.go.set()
     gate.armed = False
     outcomes = [code for task in exchanges for code in codes((await task)[1]).values()]
     assert set(outcomes) == {200, 429}
-    assert outcomes.count(200) >= 10
+    assert outcomes.count(200) >= 8, "one caller alone holds four fifths"
     assert codes((await post(world.alice, call("after")))[1]) == {"after": 200}
 
 

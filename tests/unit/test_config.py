@@ -157,3 +157,22 @@ def test_the_documented_file_lists_every_key_with_its_default() -> None:
         table = text.partition(f"[{section}]")[2] if isinstance(value, dict) else text
         for key in keys:
             assert re.search(rf"(?m)^(#:? ?)?{key} = ", table.partition("\n[")[0]), f"{section}.{key}"
+
+
+def test_a_node_listens_on_loopback_unless_told_otherwise() -> None:
+    config = NodeConfig()
+    assert (config.http.host, config.dht.host) == ("127.0.0.1", "127.0.0.1")
+
+
+@pytest.mark.parametrize("value", ['"alice"', '"' + "a" * 31 + '"', '"' + "A" * 32 + '"', '"' + "1" * 32 + '"', "1"])
+@pytest.mark.parametrize("key", ["allow", "deny"])
+def test_lists_of_peers_take_peer_ids(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"access\.{key}"):
+        NodeConfig.parse(f"[access]\n{key} = [{value}]")
+
+
+def test_a_rate_may_be_infinite_and_never_zero() -> None:
+    assert NodeConfig.parse("[limits]\ncaller_calls_per_s = inf").limits.caller_calls_per_s == float("inf")
+    for value in ("0", "-1.0"):
+        with pytest.raises(ConfigError, match="caller_calls_per_s"):
+            NodeConfig.parse(f"[limits]\ncaller_calls_per_s = {value}")

@@ -42,6 +42,8 @@ def test_names_end_in_error_and_fault_is_ours_or_theirs() -> None:
     ("code", "name"),
     [
         (400, "BadRequestError"),
+        (401, "AuthenticationError"),
+        (403, "AccessDeniedError"),
         (404, "UnknownExpertError"),
         (409, "ReplayConflictError"),
         (413, "TooLargeError"),
@@ -66,7 +68,7 @@ def test_a_status_code_picks_its_class(code: int, name: str) -> None:
 def test_every_call_error_has_a_code_of_its_own() -> None:
     coded = [each for each in classes() if issubclass(each, CallError) and "code" in vars(each)]
     codes = [each.code for each in coded if each is not CallError]
-    assert len(codes) == len(set(codes)) == 9
+    assert len(codes) == len(set(codes)) == 11
     for each in coded:
         assert each is CallError or type(call_error(each.code, "")) is each
     for each in (errors.NonFiniteError, errors.OutlierGradientError):

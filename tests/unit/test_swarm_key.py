@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from p2pmoe.errors import IdentityError
-from p2pmoe.identity import SwarmKey
+from p2pmoe.identity import SwarmKey, load_admin_token, save_new_admin_token
 
 SECRET = bytes(range(32))
 needs_modes = pytest.mark.skipif(os.name != "posix", reason="mode bits")
@@ -82,3 +82,27 @@ def test_the_secret_is_never_shown() -> None:
         copy.deepcopy(key)
     with pytest.raises(IdentityError, match="got 31"):
         SwarmKey(SECRET[1:])
+
+
+@needs_modes
+def test_an_admin_token_is_made_once_and_read_from_private_files_only(tmp_path: Path) -> None:
+    path = tmp_path / "admin.token"
+    save_new_admin_token(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    token = load_admin_token(path)
+    assert len(token) >= 32
+    with pytest.raises(IdentityError, match="never overwritten"):
+        save_new_admin_token(path)
+    path.chmod(0o644)
+    with pytest.raises(IdentityError, match="chmod 600") as caught:
+        load_admin_token(path)
+    assert token.decode() not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"two words " * 8, b"line\n" * 20, b"\xff" * 40, b"x" * 2000])
+def test_what_is_no_token_is_refused_without_quoting_it(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(IdentityError, match="p2pmoe id admin-token") as caught:
+        load_admin_token(write(tmp_path / "admin.token", content))
+    assert not content or content.decode("latin-1") not in str(caught.value)
+    with pytest.raises(IdentityError, match="p2pmoe id admin-token"):
+        load_admin_token(tmp_path / "nowhere")

@@ -80,18 +80,24 @@ class DirectPost:
         self._request = aiohttp.ClientRequest(hdrs.METH_POST, url, loop=asyncio.get_running_loop())
         lines = [f"POST {url.raw_path_qs} HTTP/1.1", f"Host: {url.raw_authority}"]
         lines += [f"{name}: {value}" for name, value in headers]
-        self._head = ("\r\n".join(lines) + "\r\nContent-Length: ").encode("ascii")
+        self._head = ("\r\n".join(lines) + "\r\n").encode("ascii")
 
     def __repr__(self) -> str:
         return f"<DirectPost {self._url}>"
 
-    async def send(self, buffers: Iterable[Buffer], nbytes: int) -> DirectResponse:
-        """Post a body of `nbytes` given as buffers. Raises aiohttp.ClientError, TimeoutError or OSError."""
+    async def send(self, buffers: Iterable[Buffer], nbytes: int, authorization: str | None = None) -> DirectResponse:
+        """Post a body of `nbytes` given as buffers. Raises aiohttp.ClientError, TimeoutError or OSError.
+
+        `authorization` is sent as that header: printable ASCII.
+        """
+        head = b"%bContent-Length: %d\r\n" % (self._head, nbytes)
+        if authorization is not None:
+            head += b"Authorization: %b\r\n" % authorization.encode("ascii")
         connection = await self._connector.connect(self._request, [], self._timeout)
         try:
             protocol, transport = _ends(connection)
             protocol.set_response_params(auto_decompress=False, read_bufsize=self._read_bufsize)
-            for part in joined(buffers, bytearray(b"%b%d\r\n\r\n" % (self._head, nbytes))):
+            for part in joined(buffers, bytearray(head + b"\r\n")):
                 transport.write(part)
             while True:
                 message, body = await protocol.read()

@@ -63,6 +63,17 @@ async def fetch_json(session: aiohttp.ClientSession, endpoint: Endpoint, path: s
         raise DecodeError(f"{endpoint}{path} is no JSON document: {error}") from error
 
 
+async def post_document(session: aiohttp.ClientSession, endpoint: Endpoint, path: str, body: bytes) -> bytes:
+    """The answer to a small body. Raises PeerUnreachableError, CallError, DecodeError."""
+    try:
+        async with session.post(URL(endpoint.url + path), data=body, allow_redirects=False) as response:
+            if response.status != 200:
+                raise await refusal(response)
+            return await _read_document(response)
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise unreachable(endpoint, error) from error
+
+
 class HttpDocuments:
     """Reads documents of many nodes, each within `timeout_s`. Use as `async with`; belongs to one event loop."""
 

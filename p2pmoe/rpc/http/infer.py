@@ -30,12 +30,18 @@ from p2pmoe.protocol.messages import (
 from p2pmoe.protocol.schema import DATATYPE_TO_DTYPE
 from p2pmoe.rpc.base import Flat, Service
 from p2pmoe.rpc.exchange import ByteBudget, check_wire_version
+from p2pmoe.types import Caller
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 
 
 async def infer(
-    request: web.Request, service: Service, limits: LimitsConfig, frame_limits: FrameLimits, budget: ByteBudget
+    request: web.Request,
+    caller: Caller,
+    service: Service,
+    limits: LimitsConfig,
+    frame_limits: FrameLimits,
+    budget: ByteBudget,
 ) -> web.Response:
     """Answer one request. Raises CallError or DecodeError for what is refused."""
     body = _Body(request, limits, frame_limits)
@@ -44,13 +50,13 @@ async def infer(
     )
     check_wire_version(header)
     order = _order_of_inputs(header.inputs)
-    service.admit(msgspec.structs.replace(header, inputs=tuple(header.inputs[index] for index in order)))
+    service.admit(msgspec.structs.replace(header, inputs=tuple(header.inputs[index] for index in order)), caller)
     held = _total_size(header.inputs, body.frame_limits)
     budget.take(held)
     try:
         tensors = await body.read_tensors(header.inputs)
         ordered = msgspec.structs.replace(header, inputs=tuple(header.inputs[index] for index in order))
-        future = service.submit(Frame(ordered, tuple(tensors[index] for index in order)))
+        future = service.submit(Frame(ordered, tuple(tensors[index] for index in order)), caller)
         service.count_wire("in", header.inputs)
         service.flush()
         return _response(header, await future)

@@ -26,13 +26,15 @@ from p2pmoe.errors import (
 )
 from p2pmoe.protocol.frames import EncodedFrame, FrameLimits
 from p2pmoe.protocol.messages import version_mismatch
-from p2pmoe.rpc.base import Service
+from p2pmoe.rpc.base import Doorkeeper, Service
+from p2pmoe.rpc.budget import SharedBudget
 from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
 from p2pmoe.rpc.http.client import write_frames
 from p2pmoe.rpc.http.direct import JOIN_BYTES
 from p2pmoe.rpc.http.documents import WIRE_VERSION_HEADER
 from p2pmoe.rpc.http.infer import infer
-from p2pmoe.types import WIRE_VERSION
+from p2pmoe.rpc.http.sessions import SAFE_HEADERS, Door
+from p2pmoe.types import WIRE_VERSION, Caller
 
 _READ_BYTES = 1024 * 1024
 _GATHER_S = 0.002
@@ -55,14 +57,16 @@ class HttpServer:
         *,
         server_name: str,
         render_metrics: Callable[[], tuple[bytes, str]],
+        doorkeeper: Doorkeeper | None = None,
     ) -> None:
         self._service = service
         self._config = config
         self._limits = limits
         self._frame_limits = frame_limits(limits)
-        self._budget = ByteBudget(limits.max_inflight_bytes)
+        self._budget = SharedBudget(limits.max_inflight_bytes)
         self._server_name = server_name
         self._render_metrics = render_metrics
+        self._door = Door(doorkeeper, read_timeout_s=limits.idle_read_timeout_s)
         self._runner: web.AppRunner | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self.port = 0
@@ -124,6 +128,7 @@ class HttpServer:
             web.get("/v2/health/live", self._live),
             web.get("/v2/health/ready", self._ready),
             *models,
+            *self._door.routes(),
             web.get("/metrics", self._metrics),
         ]
 
@@ -158,15 +163,20 @@ class HttpServer:
                 raise WireVersionError(version_mismatch(version[:32]))
 
     async def _exchange(self, request: web.Request) -> web.StreamResponse:
+        caller = self._door.identify(request)
         if (request.content_length or 0) > self._limits.max_exchange_bytes:
             raise TooLargeError(
                 f"an exchange of {request.content_length} bytes is over the limit of "
                 f"{self._limits.max_exchange_bytes}; split it"
             )
-        return await _Exchange(request, self._service, self._frame_limits, self._budget, self._limits).run()
+        budget = self._budget.of(caller.key)
+        return await _Exchange(request, caller, self._service, self._frame_limits, budget, self._limits).run()
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
-        return await infer(request, self._service, self._limits, self._frame_limits, self._budget)
+        caller = self._door.identify(request)
+        return await infer(
+            request, caller, self._service, self._limits, self._frame_limits, self._budget.of(caller.key)
+        )
 
     async def _experts(self, request: web.Request) -> web.Response:
         return _json({"experts": self._service.experts()})
@@ -194,8 +204,9 @@ class HttpServer:
         return _json({"name": uid, "ready": ready}, 200 if ready else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        self._door.check_admin(request)
         body, content_type = self._render_metrics()
-        return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
+        return web.Response(body=body, headers={**SAFE_HEADERS, hdrs.CONTENT_TYPE: content_type})
 
 
 class _Exchange:
@@ -204,6 +215,7 @@ class _Exchange:
     def __init__(
         self,
         request: web.Request,
+        caller: Caller,
         service: Service,
         frame_limits: FrameLimits,
         budget: ByteBudget,
@@ -213,7 +225,7 @@ class _Exchange:
         self._limits = limits
         self._wakeup = asyncio.Event()
         self._calls = ServerExchange(
-            service, frame_limits, budget, max_calls=limits.max_calls_per_exchange, wake=self._wake
+            service, frame_limits, budget, max_calls=limits.max_calls_per_exchange, wake=self._wake, caller=caller
         )
         self._response: web.StreamResponse | None = None
         self._all_read = False
@@ -323,13 +335,16 @@ class _Exchange:
 
 
 def _json(document: Any, status: int = 200) -> web.Response:
-    return web.Response(body=msgspec.json.encode(document), status=status, content_type="application/json")
+    body = msgspec.json.encode(document)
+    return web.Response(body=body, status=status, content_type="application/json", headers=SAFE_HEADERS)
 
 
 def _error_response(error: CallError | DecodeError) -> web.Response:
     response = _json({"error": str(error), "code": error.code, "message": str(error)}, error.code)
     if error.code == 426:
         response.headers[hdrs.UPGRADE] = f"p2pmoe/{WIRE_VERSION}"
+    if error.code == 401:
+        response.headers[hdrs.WWW_AUTHENTICATE] = 'Bearer realm="p2pmoe"'
     if error.code in (429, 503):
         response.headers[hdrs.RETRY_AFTER] = str(max(1, round(getattr(error, "retry_after_s", None) or 1)))
     response.force_close()  # the request's body may be unread

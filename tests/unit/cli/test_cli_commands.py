@@ -15,11 +15,13 @@ import pytest
 import p2pmoe
 from p2pmoe.cli.failures import EXIT_CODES
 from p2pmoe.cli.main import main
+from p2pmoe.cli.settings import load_client_identity
+from p2pmoe.identity import Identity
 from p2pmoe.training import tasks
 
 COMMANDS = [
     *("demo", "node", "train", "lookup", "version"),
-    *("id new", "id show", "id export", "id import", "id delegate", "id swarm-key new"),
+    *("id new", "id show", "id export", "id import", "id delegate", "id swarm-key new", "id admin-token"),
 ]
 
 
@@ -150,3 +152,24 @@ def test_help_and_lookup_do_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
 
     assert done.stdout == "3 False False\n"
+
+
+def test_an_admin_token_is_made_and_never_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "admin.token"
+    assert main(["id", "admin-token", str(path)]) == 0
+    assert path.read_text().strip() not in capsys.readouterr().out
+    assert main(["id", "admin-token", str(path)]) == 4
+    assert "never overwritten" in capsys.readouterr().err
+
+
+def test_train_signs_with_the_key_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "identity.pem"
+    made = Identity.generate()
+    made.save(path)
+    assert (
+        load_client_identity(str(path), {}) == made == load_client_identity(None, {"P2PMOE_IDENTITY_PATH": str(path)})
+    )
+    assert load_client_identity(None, {}) != load_client_identity(None, {})
+    missing = ["train", "digits", "--initial-peers", "127.0.0.1:1", "--identity", str(tmp_path / "nobody.pem")]
+    assert main(missing) == 4
+    assert "does not exist" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from p2pmoe.errors import BadRequestError, PeerUnreachableError, UnknownExpertEr
 from p2pmoe.protocol.frames import EncodedFrame, FrameLimits
 from p2pmoe.protocol.messages import RequestParameters
 from p2pmoe.rpc.memory import Failure, MemoryNetwork, MemoryTransport
+from p2pmoe.types import Caller
 
 X = torch.ones(1, 4)
 
@@ -53,6 +54,12 @@ async def test_calls_are_answered_over_real_bytes(world: World) -> None:
     link = world.network.link(ALICE)
     assert (link.exchanges, link.calls) == (1, 2)
     assert "up, 1 exchanges, 0 running" in repr(link)
+
+
+async def test_services_see_who_calls(world: World) -> None:
+    for name in ("alice", "bob"):
+        await exchange(world, frame(name), transport=MemoryTransport(world.network, caller=Caller(name)))
+    assert list(world.alice.handlers._quota._accounts) == ["alice", "bob"]
 
 
 async def test_documents(world: World) -> None:

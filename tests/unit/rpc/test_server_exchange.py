@@ -14,7 +14,7 @@ from p2pmoe.errors import BadRequestError, DecodeError, OverloadedError, TooLarg
 from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader, FrameReceived, FrameRefused
 from p2pmoe.protocol.messages import RequestHeader, RequestParameters, response_decoder
 from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
-from p2pmoe.types import WIRE_VERSION
+from p2pmoe.types import WIRE_VERSION, Caller
 
 Flat = tuple[torch.Tensor, ...]
 X = torch.ones(1, 2)
@@ -31,12 +31,12 @@ class FakeService:
         self.draining = False
         self.codecs: tuple[str, ...] = ("raw",)
 
-    def admit(self, header: RequestHeader) -> None:
+    def admit(self, header: RequestHeader, caller: Caller) -> None:
         if header.id.startswith("refuse"):
             raise OverloadedError("not now")
         self.admitted.append(header.id)
 
-    def submit(self, frame: Frame[RequestHeader]) -> asyncio.Future[Flat]:
+    def submit(self, frame: Frame[RequestHeader], caller: Caller) -> asyncio.Future[Flat]:
         if frame.header.id.startswith("full"):
             raise OverloadedError("the queue is full")
         self.frames[frame.header.id] = frame

@@ -240,3 +240,30 @@ def test_every_live_task_leaves_exactly_once_in_order(sizes: list[int], dead: se
         assert "0 tasks, 0 rows" in repr(pool)
 
     asyncio.run(play())
+
+
+async def test_a_full_queue_gives_up_the_newest_call_of_who_has_most() -> None:
+    pool = make_pool(max_queue_size=4)
+    greedy = [pool.submit((rows(1),), caller="greedy") for _ in range(4)]
+    honest = pool.submit((rows(1),), caller="honest")
+    with pytest.raises(OverloadedError) as caught:
+        async with asyncio.timeout(5):
+            await greedy[-1].future
+    assert caught.value.retry_after_s
+    with pytest.raises(OverloadedError):
+        pool.submit((rows(1),), caller="greedy")
+    batch = pool.take_batch()
+    assert batch is not None
+    assert set(batch.tasks) == {*greedy[:3], honest}
+
+
+async def test_batches_alternate_between_callers() -> None:
+    pool = make_pool(max_batch_size=4)
+    for caller, count in (("greedy", 6), ("honest", 2)):
+        for _ in range(count):
+            pool.submit((rows(4),), caller=caller)
+    order = []
+    while (batch := pool.take_batch()) is not None:
+        order += [task.caller for task in batch.tasks]
+    assert order[:4] in (["greedy", "honest"] * 2, ["honest", "greedy"] * 2)
+    assert order[4:] == ["greedy"] * 4
