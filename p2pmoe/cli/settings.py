@@ -6,6 +6,7 @@ The one place that reads environment variables. A key path in capitals with unde
 
 from __future__ import annotations
 
+import functools
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         ConfigError: a variable fits no key, or its text is no value of that key.
     """
-    paths = {variable_of(path): path for path in key_paths()}
+    paths = _paths_by_variable()
     values: dict[str, Any] = {}
     for name in sorted(environ):
         if not name.startswith(PREFIX) or name.startswith(OF_THE_TESTS) or name in OF_THE_COMMAND or not environ[name]:
@@ -58,6 +59,11 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             )
         values[paths[name]] = read_value(paths[name], environ[name], source=name)
     return values
+
+
+@functools.cache
+def _paths_by_variable() -> dict[str, str]:
+    return {variable_of(path): path for path in key_paths()}
 
 
 def read_value(key_path: str, text: str, *, source: str) -> Any:
@@ -131,7 +137,7 @@ def split_lists(values: Sequence[str] | None) -> tuple[str, ...] | None:
 def _readings(text: str) -> Iterator[Any]:
     try:
         yield tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or TOML too deep or with numbers too long for tomllib
         pass
     else:
         yield [part.strip() for part in text.split(",")]

@@ -19,6 +19,7 @@ from p2pmoe.dht.observations import Observations
 from p2pmoe.dht.server import SwarmServer
 from p2pmoe.dht.state_file import load_state, save_state
 from p2pmoe.dht.stats import DHTStats, take_stats
+from p2pmoe.dht.validation import MAX_SEQUENCE_AHEAD_S
 from p2pmoe.errors import BootstrapError, PeerUnreachableError
 from p2pmoe.identity import Identity
 from p2pmoe.protocol.datagrams import Address
@@ -291,7 +292,8 @@ class DHTNode:
 
     def _load_state(self) -> None:
         if self.config.state_path:
-            state = load_state(Path(self.config.state_path))
+            latest_s = self.clock() + MAX_SEQUENCE_AHEAD_S
+            state = load_state(Path(self.config.state_path), max_sequence=int(latest_s * 1e6))
             self._sequence = state.sequence
             self.membership.remember(reversed(state.peers))
 

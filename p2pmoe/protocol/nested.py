@@ -6,17 +6,19 @@ Leaves come in a fixed order: sequences by position, dicts by sorted key, so bot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import optree
 
 from p2pmoe.errors import SchemaError
 
+MAX_DEPTH: Final = 64
+"""Twice what a schema may have, so that a pair of schemas fits."""
 _SEQUENCES = (list, tuple)
 
 
 def nested_flatten(tree: Any) -> tuple[Any, ...]:
-    """The leaves of `tree` in wire order. None is a leaf."""
+    """The leaves of `tree` in wire order. None is a leaf. Raises SchemaError when it is nested too deep."""
     return tuple(optree.tree_leaves(_plain(tree), none_is_leaf=True))
 
 
@@ -70,12 +72,14 @@ def nested_map(function: Callable[..., Any], tree: Any, *more: Any) -> Any:
     return optree.tree_unflatten(spec, map(function, *columns))
 
 
-def _plain(tree: Any) -> Any:
+def _plain(tree: Any, depth: int = 0) -> Any:
     """Subclasses of dict as dicts: optree keeps the order of an OrderedDict, and the two ends would disagree."""
+    if depth > MAX_DEPTH:
+        raise SchemaError(f"values are nested deeper than {MAX_DEPTH} levels; flatten them")
     kind = type(tree)
     if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
-    return kind(map(_plain, tree)) if kind in _SEQUENCES else tree
+        return {key: _plain(value, depth + 1) for key, value in tree.items()}
+    return kind([_plain(value, depth + 1) for value in tree]) if kind in _SEQUENCES else tree
 
 
 def _structure(tree: Any) -> optree.PyTreeSpec:

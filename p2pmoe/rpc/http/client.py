@@ -11,7 +11,7 @@ from yarl import URL
 
 from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import ResponseHeader, response_decoder
-from p2pmoe.rpc.http.documents import fetch_json, open_session, refusal, unreachable
+from p2pmoe.rpc.http.documents import CONNECTION_ERRORS, fetch_json, open_session, refusal, unreachable
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 _EXCHANGE_PATH = f"/p2pmoe/v{WIRE_VERSION}/exchange"
@@ -78,7 +78,7 @@ class HttpTransport:
         self.exchanges += 1
         try:
             response = await self._post(endpoint, frames)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except CONNECTION_ERRORS as error:
             raise unreachable(endpoint, error) from error
         try:
             if response.status != 200:
