@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,9 @@ MAX_CONFIG_BYTES: Final = 256 * 1024
 """A longer file is no node.toml; it is not read to its end."""
 MAX_CONFIG_DEPTH: Final = 16
 """How deep tables and arrays may be nested in each other."""
+MAX_KEY_PARTS: Final = 32
+_PART: Final = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+"""
+_DEEP_KEY_RE: Final = re.compile(rf"(?<![\w-]){_PART}(?:\.[ \t]*+{_PART}){{{MAX_KEY_PARTS}}}")
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Positive = Annotated[int, Meta(gt=0)]
@@ -181,8 +185,8 @@ class NodeConfig(Section, frozen=True):
     def parse(cls, text: str, *, source: str = "node.toml", overrides: Mapping[str, Any] | None = None) -> NodeConfig:
         """The same from a string; `source` is the name that errors give."""
         try:
-            tree = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+            tree = parse_toml(text)
+        except ValueError as error:
             raise ConfigError(f"{source}: not valid TOML: {error}") from error
         return cls.from_tree(tree, source=source, overrides=overrides)
 
@@ -208,6 +212,16 @@ class NodeConfig(Section, frozen=True):
         """Plain nested values, for printing."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         return plain
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """TOML of a sensible depth as nested values. Raises ValueError for anything else."""
+    if _DEEP_KEY_RE.search(text):  # tomllib takes time and memory by the square of a key's parts
+        raise ValueError(f"a key of more than {MAX_KEY_PARTS} parts")
+    try:
+        return tomllib.loads(text)  # raises a plain ValueError for a number of thousands of digits
+    except RecursionError as error:
+        raise ValueError("arrays or tables are nested too deep") from error
 
 
 def parse_host_port(text: str, *, what: str = "address") -> tuple[str, int]:

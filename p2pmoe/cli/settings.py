@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from p2pmoe.config import DHTConfig, NodeConfig, Section, parse_host_port
+from p2pmoe.config import DHTConfig, NodeConfig, Section, parse_host_port, parse_toml
 from p2pmoe.errors import ConfigError
 
 PREFIX: Final = "P2PMOE_"
@@ -136,8 +135,8 @@ def split_lists(values: Sequence[str] | None) -> tuple[str, ...] | None:
 
 def _readings(text: str) -> Iterator[Any]:
     try:
-        yield tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # no TOML, or TOML too deep or with numbers too long for tomllib
+        yield parse_toml(f"value = {text}")["value"]
+    except ValueError:
         pass
     else:
         yield [part.strip() for part in text.split(",")]

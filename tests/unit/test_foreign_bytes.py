@@ -21,8 +21,17 @@ from hypothesis import strategies as st
 
 from p2pmoe.config import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, NodeConfig
 from p2pmoe.dht.state_file import SavedState, load_state
-from p2pmoe.errors import MAX_MESSAGE_CHARS, CallError, ConfigError, DecodeError, call_error, shown
+from p2pmoe.errors import (
+    MAX_MESSAGE_CHARS,
+    CallError,
+    ConfigError,
+    DecodeError,
+    IdentityError,
+    call_error,
+    shown,
+)
 from p2pmoe.experts.bundles import Bundle, decode_bundle, encode_bundle
+from p2pmoe.identity import Identity
 from p2pmoe.protocol.messages import MAX_DOCUMENT_BYTES, MAX_DOCUMENT_VALUES, TensorHeader, decode_document
 from p2pmoe.protocol.schema import DATATYPE_TO_DTYPE
 from p2pmoe.rpc.http.infer import tensor_from_json
@@ -161,6 +170,9 @@ def test_a_document_too_large_too_deep_or_no_json_is_a_decode_error(text: bytes)
         "[experts.options]\na = " + "[" * MAX_CONFIG_DEPTH + "]" * MAX_CONFIG_DEPTH,
         "a = " + "[" * 5000,
         "a." * 1500 + "b = 1",
+        "a." * 32 + "b = 1",
+        "[" + '"a" . ' * 2000 + "b]",
+        "experts.options = { " + "a." * 2000 + "b = 1 }",
         "[dht]\nttl_s = " + "9" * 5000,
         "[dht]\nttl_s = nan",
         "[dht]\nttl_s = inf",
@@ -172,6 +184,11 @@ def test_odd_toml_is_one_config_error_of_one_line(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         NodeConfig.parse(text)
     assert str(caught.value).isprintable()
+
+
+def test_many_uids_on_one_line_are_no_deep_key() -> None:
+    uids = [f"ffn.{first}.{second}" for first in range(64) for second in range(64)]
+    assert NodeConfig.parse(f"[experts]\nuids = {json.dumps(uids)}").experts.uids == tuple(uids)
 
 
 def test_a_file_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
@@ -191,6 +208,17 @@ def test_options_come_back_as_they_were_written(options: dict[str, Any]) -> None
 
 
 # ------------------------------------------------------------------------------------------ what is on disk
+
+
+def test_a_key_that_the_library_itself_stumbles_over_is_an_identity_error(tmp_path: Path) -> None:
+    path = tmp_path / "key.pem"
+    path.write_text(
+        "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VxBCIEICvYBsl/DgCvGh/DMo+nY6kmlyPI24+sT5OvcdsYbW6Q\n"
+        "-----END PRIVATE KEY-----\n"
+    )
+    path.chmod(0o600)
+    with pytest.raises(IdentityError, match="no unencrypted PEM private key"):
+        Identity.load(path)
 
 
 def test_the_dht_forgets_addresses_that_would_be_looked_up_and_sequences_of_another_age(tmp_path: Path) -> None:

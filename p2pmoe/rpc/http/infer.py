@@ -199,7 +199,7 @@ def tensor_from_json(header: TensorHeader, limits: FrameLimits) -> torch.Tensor:
         )
     count = math.prod(header.shape)
     # Nested lists hold one comma less than numbers, all together, unless some are empty; then their text says so.
-    found = text.count(b",") + bool(text.strip(b"[], \t\r\n"))
+    found = text.count(b",") + 1 if text.strip(b"[], \t\r\n") else 0
     if found != count:
         raise BadRequestError(
             f"input {header.name!r}: shape {list(header.shape)} needs {count} values, data has {found}"

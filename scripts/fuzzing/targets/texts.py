@@ -100,7 +100,6 @@ def variable_seeds() -> dict[str, bytes]:
 TARGETS: Final = (
     # 65,536 uids of a pattern are what the grammar allows; each takes some 100 bytes and as much while it is made.
     Target("uids", read_uid, (InvalidUidError,), 16 * MIB, uid_seeds, mutate="text", max_input_bytes=KIB),
-    # tomllib makes a table of each part of a dotted key, some 650 bytes for two; the file is its owner's.
-    Target("node_toml", read_toml, (ConfigError,), 8 * MIB, toml_seeds, mutate="text", max_input_bytes=16 * KIB),
+    Target("node_toml", read_toml, (ConfigError,), 2 * MIB, toml_seeds, mutate="text", max_input_bytes=16 * KIB),
     Target("environment", read_variable, (ConfigError,), 2 * MIB, variable_seeds, mutate="text"),
 )  # fmt: skip
