@@ -55,7 +55,7 @@ def _only(flat: Iterable[Any]) -> Any:
 
 def nested_compare(first: Any, second: Any) -> bool:
     """Whether two values have the same structure. A list and a tuple of the same length count as the same."""
-    return _same_spec(_structure(first), _structure(second))
+    return _same(_plain(first), _plain(second))
 
 
 def nested_map(function: Callable[..., Any], tree: Any, *more: Any) -> Any:
@@ -86,8 +86,16 @@ def _structure(tree: Any) -> optree.PyTreeSpec:
     return optree.tree_structure(_plain(tree), none_is_leaf=True)
 
 
-def _same_spec(a: optree.PyTreeSpec, b: optree.PyTreeSpec) -> bool:
-    if a.is_leaf() or b.is_leaf():
-        return a.is_leaf() and b.is_leaf()
-    same_kind = a.type is b.type or (a.type in _SEQUENCES and b.type in _SEQUENCES)
-    return same_kind and a.entries() == b.entries() and all(map(_same_spec, a.children(), b.children()))
+def _same(a: Any, b: Any) -> bool:
+    """Level by level over the values: the children of an optree spec are copies of all that is below them."""
+    leaves = [optree.tree_is_leaf(each, none_is_leaf=True) for each in (a, b)]
+    if any(leaves):
+        return all(leaves)
+    if type(a) is not type(b) and not (type(a) in _SEQUENCES and type(b) in _SEQUENCES):
+        return False
+    (children, _, entries, _), (others, _, their_entries, _) = map(_one_level, (a, b))
+    return tuple(entries) == tuple(their_entries) and all(map(_same, children, others))
+
+
+def _one_level(node: Any) -> Any:
+    return optree.tree_flatten_one_level(node, none_is_leaf=True)
