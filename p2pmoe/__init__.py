@@ -81,7 +81,7 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'p2pmoe' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"p2pmoe.{home}"), name)
+    value = getattr(importlib.import_module(f"p2pmoe.{home}"), name)  # noqa: TID251 - from the table above
     globals()[name] = value
     return value
 

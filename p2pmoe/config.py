@@ -6,15 +6,26 @@ Each room takes its own section (`HttpConfig`, `DHTConfig`, …), never the whol
 
 from __future__ import annotations
 
+import datetime as dt
+import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from p2pmoe.errors import ConfigError
+from p2pmoe.errors import ConfigError, shown
+
+MAX_CONFIG_BYTES: Final = 256 * 1024
+"""A longer file is no node.toml; it is not read to its end."""
+MAX_CONFIG_DEPTH: Final = 16
+"""How deep tables and arrays may be nested in each other."""
+MAX_KEY_PARTS: Final = 32
+_PART: Final = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+"""
+_DEEP_KEY_RE: Final = re.compile(rf"(?<![\w-]){_PART}(?:\.[ \t]*+{_PART}){{{MAX_KEY_PARTS}}}")
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Positive = Annotated[int, Meta(gt=0)]
@@ -224,7 +235,11 @@ class NodeConfig(Section, frozen=True):
             ConfigError: the file cannot be read or is no TOML, or a key is unknown or of the wrong type.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            with Path(path).open("rb") as file:
+                content = file.read(MAX_CONFIG_BYTES + 1)
+            if len(content) > MAX_CONFIG_BYTES:
+                raise ConfigError(f"{path}: longer than {MAX_CONFIG_BYTES} bytes; it is no node.toml")
+            text = content.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}; pass an existing file with -c node.toml") from error
         return cls.parse(text, source=str(path), overrides=overrides)
@@ -233,8 +248,8 @@ class NodeConfig(Section, frozen=True):
     def parse(cls, text: str, *, source: str = "node.toml", overrides: Mapping[str, Any] | None = None) -> NodeConfig:
         """The same from a string; `source` is the name that errors give."""
         try:
-            tree = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            tree = parse_toml(text)
+        except ValueError as error:
             raise ConfigError(f"{source}: not valid TOML: {error}") from error
         return cls.from_tree(tree, source=source, overrides=overrides)
 
@@ -243,9 +258,9 @@ class NodeConfig(Section, frozen=True):
         cls, tree: Mapping[str, Any], *, source: str = "settings", overrides: Mapping[str, Any] | None = None
     ) -> NodeConfig:
         """The same from nested mappings."""
-        merged = _copy_tree(tree)
+        merged = _copy_tree(tree, source)
         for key_path, value in (overrides or {}).items():
-            _set_path(merged, key_path, value, source)
+            _set_path(merged, key_path, _copy_value(value, source, 1), source)
         for section, key in (("optimizer", "clip_grad_norm"), ("gate", "outlier_factor")):
             table = merged.get(section)
             if isinstance(table, dict) and table.get(key) is False:
@@ -253,12 +268,24 @@ class NodeConfig(Section, frozen=True):
         try:
             return msgspec.convert(merged, cls)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{source}: {_readable(error)}") from error
+            raise ConfigError(f"{source}: {shown(_readable(error))}") from error
+        except UnicodeEncodeError as error:  # bytes of an environment variable that are no UTF-8
+            raise ConfigError(f"{source}: a text is no valid Unicode: {error.reason}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, for printing."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         return plain
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """TOML of a sensible depth as nested values. Raises ValueError for anything else."""
+    if _DEEP_KEY_RE.search(text):  # tomllib takes time and memory by the square of a key's parts
+        raise ValueError(f"a key of more than {MAX_KEY_PARTS} parts")
+    try:
+        return tomllib.loads(text)  # raises a plain ValueError for a number of thousands of digits
+    except RecursionError as error:
+        raise ValueError("arrays or tables are nested too deep") from error
 
 
 def parse_host_port(text: str, *, what: str = "address") -> tuple[str, int]:
@@ -268,13 +295,28 @@ def parse_host_port(text: str, *, what: str = "address") -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise ConfigError(f"{what} {text!r} is ambiguous; write an IPv6 address as [::1]:31337")
-    if not separator or not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
+    is_number = port.isascii() and port.isdigit() and len(port) <= 5
+    if not separator or not host or not is_number or not 1 <= int(port) <= 65535:
         raise ConfigError(f"{what} {text!r} is not HOST:PORT with a port from 1 to 65535, e.g. 127.0.0.1:31337")
     return host, int(port)
 
 
-def _copy_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy_tree(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+def _copy_tree(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
+    return {key: _copy_value(value, source, 1) for key, value in tree.items()}
+
+
+def _copy_value(value: Any, source: str, depth: int) -> Any:
+    if depth > MAX_CONFIG_DEPTH:
+        raise ConfigError(f"{source}: nested deeper than {MAX_CONFIG_DEPTH} tables and arrays; flatten it")
+    if isinstance(value, Mapping):
+        return {key: _copy_value(each, source, depth + 1) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy_value(each, source, depth + 1) for each in value]
+    if isinstance(value, dt.date | dt.time):
+        raise ConfigError(f"{source}: {value} is no setting; a date or a time is written in quotes")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{source}: {value} is no setting; write a finite number")
+    return value
 
 
 def _set_path(tree: dict[str, Any], key_path: str, value: Any, source: str) -> None:

@@ -45,7 +45,10 @@ BadRequestError exist on the node alone: a caller sees their code and message.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+MAX_MESSAGE_CHARS: Final = 1000
+"""Of an error that a peer answered."""
 
 
 class P2PMoEError(Exception):
@@ -268,9 +271,17 @@ _BY_CODE: dict[int, type[CallError]] = {
 }
 
 
+def shown(text: str) -> str:
+    """A stranger's text as it may go to a terminal or a log: one line, no control characters, 1,000 at most."""
+    text = "".join(
+        each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text[: MAX_MESSAGE_CHARS + 1]
+    )
+    return text if len(text) <= MAX_MESSAGE_CHARS else text[: MAX_MESSAGE_CHARS - 1] + "…"
+
+
 def call_error(code: int, message: str, retry_after_s: float | None = None) -> CallError:
     """The error class for a status code a node answered with; unknown 4xx and 5xx fall back to 400 and 500."""
     kind = _BY_CODE.get(code) or (BadRequestError if 400 <= code < 500 else ExpertFailedError)
-    error = kind(message)
+    error = kind(shown(message))
     error.retry_after_s = retry_after_s
     return error

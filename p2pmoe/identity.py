@@ -15,7 +15,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -291,12 +291,13 @@ def _parse_key(path: Path | str, content: bytes) -> Ed25519PrivateKey:
         raise IdentityError(f"key file {path} is larger than {MAX_KEY_FILE_BYTES} bytes; it is no p2pmoe key")
     try:
         key = load_pem_private_key(content, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, InternalError) as error:
+        # InternalError is what an Ed448 key of a wrong length gives.
         # The parser's own text may quote the content, and the content may be a key.
         raise IdentityError(
             f"key file {path} holds no unencrypted PEM private key; restore it from a backup, or move it away "
             f"and a new identity is made"
-        ) from error.__class__("unparsable key file")
+        ) from ValueError(f"unparsable key file ({type(error).__name__})")
     if not isinstance(key, Ed25519PrivateKey):
         raise IdentityError(f"key file {path} holds another kind of key; p2pmoe uses Ed25519")
     return key

@@ -6,15 +6,15 @@ The one place that reads environment variables. A key path in capitals with unde
 
 from __future__ import annotations
 
+import functools
 import os
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from p2pmoe.config import DHTConfig, NodeConfig, Section, parse_host_port
+from p2pmoe.config import DHTConfig, NodeConfig, Section, parse_host_port, parse_toml
 from p2pmoe.errors import ConfigError
 from p2pmoe.identity import Identity, SwarmKey
 
@@ -47,7 +47,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         ConfigError: a variable fits no key, or its text is no value of that key.
     """
-    paths = {variable_of(path): path for path in key_paths()}
+    paths = _paths_by_variable()
     values: dict[str, Any] = {}
     for name in sorted(environ):
         if not name.startswith(PREFIX) or name.startswith(OF_THE_TESTS) or name in OF_THE_COMMAND or not environ[name]:
@@ -59,6 +59,11 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             )
         values[paths[name]] = read_value(paths[name], environ[name], source=name)
     return values
+
+
+@functools.cache
+def _paths_by_variable() -> dict[str, str]:
+    return {variable_of(path): path for path in key_paths()}
 
 
 def read_value(key_path: str, text: str, *, source: str) -> Any:
@@ -147,8 +152,8 @@ def split_lists(values: Sequence[str] | None) -> tuple[str, ...] | None:
 
 def _readings(text: str) -> Iterator[Any]:
     try:
-        yield tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        yield parse_toml(f"value = {text}")["value"]
+    except ValueError:
         pass
     else:
         yield [part.strip() for part in text.split(",")]

@@ -71,10 +71,15 @@ class ExpertInfo:
         outputs = schema_from_json(document.get("outputs_schema"))
         if not (isinstance(forward, tuple) and len(forward) == 2 and isinstance(forward[0], tuple)):
             raise DecodeError("forward_schema must be a pair of positional and keyword arguments")
+        if not isinstance(forward[1], dict):
+            raise DecodeError("keyword arguments of a forward_schema must be a dict")
+        inputs, flat_outputs = nested_flatten(forward), nested_flatten(outputs)
+        if not inputs or not flat_outputs:
+            raise DecodeError("an expert takes and gives at least one tensor")
         digest = schema_digest(forward, outputs)
         if digest != expected_digest:
             raise DecodeError(f"the schema's digest is {digest}, the directory announced {expected_digest}")
-        return cls(forward, outputs, nested_flatten(forward), nested_flatten(outputs), digest)
+        return cls(forward, outputs, inputs, flat_outputs, digest)
 
 
 class StaticDirectory:

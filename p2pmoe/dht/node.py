@@ -22,6 +22,7 @@ from p2pmoe.dht.server import SwarmServer
 from p2pmoe.dht.signing import RecordSigner
 from p2pmoe.dht.state_file import load_state, save_state
 from p2pmoe.dht.stats import DHTStats, take_stats
+from p2pmoe.dht.validation import MAX_SEQUENCE_AHEAD_S
 from p2pmoe.errors import BootstrapError, ConfigError
 from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.protocol.datagrams import Address
@@ -269,7 +270,8 @@ class DHTNode:
 
     def _load_state(self) -> None:
         if self.config.state_path:
-            state = load_state(Path(self.config.state_path))
+            latest_s = self.clock() + MAX_SEQUENCE_AHEAD_S
+            state = load_state(Path(self.config.state_path), max_sequence=int(latest_s * 1e6))
             self.signer.last_sequence = state.sequence
             self.membership.remember(reversed(state.peers))
 

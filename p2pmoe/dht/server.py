@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from kademlia.network import Server
 
@@ -153,6 +153,19 @@ class SwarmServer(Server):  # type: ignore[misc]
 
     def refresh_table(self, interval: float = 0) -> None:
         """The package's hourly timer is not used: `maintain` has an owner that cancels it."""
+        raise NotImplementedError
+
+    def save_state(self, fname: str) -> None:
+        """The package's pickle is never written: `state_file.py` keeps what a node remembers."""
+        raise NotImplementedError
+
+    @classmethod
+    async def load_state(cls, fname: str, port: int, interface: str = "") -> Self:
+        """The package's pickle is never read."""
+        raise NotImplementedError
+
+    def save_state_regularly(self, fname: str, frequency: int = 600) -> None:
+        """The package's pickle is never written."""
         raise NotImplementedError
 
     async def maintain(self) -> None:

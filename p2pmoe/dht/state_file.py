@@ -10,7 +10,8 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from p2pmoe.protocol.datagrams import Address
+from p2pmoe.errors import EncodeError
+from p2pmoe.protocol.datagrams import Address, pack_address, unpack_address
 
 MAX_STATE_BYTES: Final = 256 * 1024
 MAX_PEERS: Final = 64
@@ -23,14 +24,30 @@ class SavedState(msgspec.Struct, frozen=True):
     sequence: Annotated[int, Meta(ge=0, le=2**62)] = 0
 
 
-def load_state(path: Path) -> SavedState:
-    """The saved state; an empty one when the file is missing or broken, which costs only a slower join."""
+_decoder = msgspec.json.Decoder(SavedState)
+
+
+def load_state(path: Path, *, max_sequence: int = 2**62) -> SavedState:
+    """The saved state; an empty one when the file is missing or broken, which costs only a slower join.
+
+    Peers that no datagram could be sent to are left out: a name would be looked up on the DHT's loop, which stands
+    still meanwhile. A sequence above `max_sequence` counts as none: peers refuse records from so far ahead.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_STATE_BYTES + 1)
-        return msgspec.json.decode(content, type=SavedState) if len(content) <= MAX_STATE_BYTES else SavedState()
+        state = _decoder.decode(content) if len(content) <= MAX_STATE_BYTES else SavedState()
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return SavedState()
+    peers = tuple(peer for peer in map(_usable, state.peers) if peer is not None)
+    return SavedState(peers, state.sequence if state.sequence <= max_sequence else 0)
+
+
+def _usable(peer: Address) -> Address | None:
+    try:
+        return unpack_address(pack_address(*peer))
+    except EncodeError:
+        return None
 
 
 def save_state(path: Path, peers: list[Address], sequence: int) -> None:

@@ -12,6 +12,8 @@ No children is a tombstone: it takes the place of an older bundle until that has
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
@@ -29,6 +31,8 @@ MAX_CHILDREN: Final = 400
 MAX_HOST_CHARS: Final = 255
 MAX_DIGEST_BYTES: Final = 32
 _SCHEMES: Final = ("http", "https")
+_LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_NAME_RE: Final = re.compile(rf"(?:{_LABEL}\.)*{_LABEL}", re.ASCII)
 
 
 class _Wire(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -77,7 +81,7 @@ def encode_bundle(bundle: Bundle, max_bytes: int = MAX_VALUE_BYTES) -> bytes:
             packed,
         )
         value = _encoder.encode(wire)
-        _decoder.decode(value)
+        decode_bundle(value, b"")
     except (ValueError, msgspec.MsgspecError) as error:
         raise EncodeError(f"cannot announce {endpoint} with schema {bundle.schema_digest!r}: {error}") from error
     if len(value) > max_bytes:
@@ -94,8 +98,20 @@ def decode_bundle(value: bytes, public_key: bytes) -> Bundle:
     children = tuple(_unpack(wire))
     if children and not (wire.host and wire.port):
         raise DecodeError("not a bundle: children without an endpoint")
+    if wire.host and not _is_host(wire.host):
+        raise DecodeError("not a bundle: a host is an IP literal or a name of labels of 1 to 63 characters")
     endpoint = Endpoint(wire.host, wire.port, _SCHEMES[wire.scheme], public_key)
     return Bundle(endpoint, wire.digest.hex(), children)
+
+
+def _is_host(host: str) -> bool:
+    """Only what a resolver takes: of `a..b` or a label of 64 characters it raises errors of its own kind."""
+    if _NAME_RE.fullmatch(host):
+        return True
+    try:
+        return ":" in host and bool(ipaddress.IPv6Address(host))
+    except ValueError:
+        return False
 
 
 def pack_bundles(

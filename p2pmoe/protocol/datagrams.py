@@ -200,7 +200,7 @@ def pack_address(host: str, port: int) -> bytes:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.inet_pton(family, host) + struct.pack(">H", port)
-    except (OSError, struct.error) as error:
+    except (OSError, struct.error, ValueError) as error:
         raise EncodeError(f"{host!r}:{port} is no IP literal with a port") from error
 
 

@@ -7,7 +7,7 @@ data extension. Unknown keys are ignored, as the public protocol asks.
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -16,6 +16,12 @@ from p2pmoe.errors import CallError, DecodeError, call_error
 from p2pmoe.types import WIRE_VERSION
 
 T = TypeVar("T")
+MAX_DOCUMENT_BYTES: Final = 4 * 1024 * 1024
+"""JSON text of one document that a peer serves."""
+MAX_DOCUMENT_VALUES: Final = 128 * 1024
+"""Values in it: `[[],[],…]` takes thirty times the memory of its text."""
+MAX_DOCUMENT_MEMORY_BYTES: Final = 16 * 1024 * 1024
+"""What a document takes at most once it is read, text included."""
 ShortText = Annotated[str, Meta(max_length=256)]
 Size = Annotated[int, Meta(ge=0, le=2**53)]
 MAX_FOREIGN_TEXT = 4096
@@ -139,3 +145,16 @@ def decode_header(decoder: msgspec.json.Decoder[T], raw: bytes | bytearray | mem
         return decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DecodeError(f"the JSON header is malformed: {error}") from error
+
+
+def decode_document(raw: bytes | bytearray) -> Any:
+    """Plain values from a JSON document that a peer serves. Raises DecodeError whatever the bytes are."""
+    if len(raw) > MAX_DOCUMENT_BYTES:
+        raise DecodeError(f"a document is longer than {MAX_DOCUMENT_BYTES} bytes", code=413)
+    # Each value but the first of its list or object follows a comma; commas in texts are counted too, to no harm.
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_DOCUMENT_VALUES:
+        raise DecodeError(f"a document has more than {MAX_DOCUMENT_VALUES} values", code=413)
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DecodeError(f"not a JSON document: {error}") from error

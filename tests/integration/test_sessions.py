@@ -17,8 +17,16 @@ from door_kit import ADMIN_TOKEN, ALICE, BOB, NODE, SWARM, Clock, X, call, call_
 from swarm_kit import WAIT_S, make_backend, open_world
 
 import p2pmoe
+from p2pmoe.client.directory import StaticDirectory
 from p2pmoe.config import NodeConfig
-from p2pmoe.errors import AccessDeniedError, AuthenticationError, OverloadedError, PeerUnreachableError
+from p2pmoe.errors import (
+    AccessDeniedError,
+    AuthenticationError,
+    BootstrapError,
+    OverloadedError,
+    PeerUnreachableError,
+)
+from p2pmoe.experts.directory import Provider
 from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.protocol.sessions import SessionNonce, make_session_request
 from p2pmoe.types import Endpoint
@@ -320,6 +328,12 @@ async def test_documents_carry_strict_headers(path: str) -> None:
 # ------------------------------------------------------------------------------------------- the whole
 
 
+def provider(node: p2pmoe.Node) -> Provider:
+    return Provider(
+        node.peer_id, node.endpoint, node.backends[0].schema_digest, expires_at=time.time() + 60, sequence=1
+    )
+
+
 def test_a_node_and_a_swarm_shake_hands_and_a_stranger_is_told_why(tmp_path: Any) -> None:
     path = tmp_path / "swarm.key"
     SWARM.save(path)
@@ -331,6 +345,14 @@ def test_a_node_and_a_swarm_shake_hands_and_a_stranger_is_told_why(tmp_path: Any
                 swarm.expert("ffn.0", forward_timeout_s=WAIT_S)(X)
 
         train(identity=ALICE, swarm_key=SWARM)
-        for options in ({"identity": ALICE}, {"identity": BOB, "swarm_key": SWARM}):
-            with pytest.raises(AccessDeniedError):
-                train(**options)
+        with pytest.raises(AccessDeniedError):
+            train(identity=BOB, swarm_key=SWARM)
+        with pytest.raises(BootstrapError, match="private swarm"):  # without the key not even the DHT answers
+            train(identity=ALICE)
+        with (
+            p2pmoe.Swarm(  # one who knows the way all the same
+                directory=StaticDirectory({"ffn.0": [provider(node)]}), identity=ALICE, timeout_s=WAIT_S
+            ) as swarm,
+            pytest.raises(AccessDeniedError),
+        ):
+            swarm.expert("ffn.0", forward_timeout_s=WAIT_S)(X)

@@ -18,6 +18,7 @@ from p2pmoe.protocol.messages import ResponseHeader, response_decoder
 from p2pmoe.rpc.http.client_sessions import ClientSessions
 from p2pmoe.rpc.http.direct import DirectPost, DirectResponse, joined
 from p2pmoe.rpc.http.documents import (
+    CONNECTION_ERRORS,
     WIRE_VERSION_HEADER,
     fetch_json,
     open_session,
@@ -102,7 +103,7 @@ class HttpTransport:
                 for frame in reader.accepted_frames(inspect):
                     yield frame
             reader.feed_eof()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except CONNECTION_ERRORS as error:
             raise unreachable(endpoint, error) from error
         finally:
             # An unread rest would be drained or block the connection for the next exchange: close it then.
@@ -145,7 +146,7 @@ class HttpTransport:
     ) -> _Response:
         try:
             return await self._post(endpoint, frames, authorization)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except CONNECTION_ERRORS as error:
             raise unreachable(endpoint, error) from error
 
     async def _post(self, endpoint: Endpoint, frames: Sequence[EncodedFrame], authorization: str | None) -> _Response:

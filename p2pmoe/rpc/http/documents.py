@@ -8,16 +8,16 @@ from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 import aiohttp
-import msgspec
 from aiohttp import hdrs
 from yarl import URL
 
 from p2pmoe.errors import DecodeError, PeerUnreachableError, call_error
-from p2pmoe.protocol.messages import foreign_text
+from p2pmoe.protocol.messages import MAX_DOCUMENT_BYTES, decode_document, foreign_text
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 WIRE_VERSION_HEADER: Final = "P2PMoE-Wire-Version"
-MAX_DOCUMENT_BYTES: Final = 4 * 1024 * 1024
+CONNECTION_ERRORS: Final = (aiohttp.ClientError, TimeoutError, OSError, UnicodeError)
+"""What the HTTP library raises when a peer is not there; the last for a host that is no name, like `a..b`."""
 
 
 class Response(Protocol):
@@ -55,12 +55,12 @@ async def fetch_json(session: aiohttp.ClientSession, endpoint: Endpoint, path: s
             if response.status != 200:
                 raise await refusal(response)
             body = await _read_document(response)
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+    except CONNECTION_ERRORS as error:
         raise unreachable(endpoint, error) from error
     try:
-        return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DecodeError(f"{endpoint}{path} is no JSON document: {error}") from error
+        return decode_document(body)
+    except DecodeError as error:
+        raise DecodeError(f"{endpoint}{path}: {error}", code=error.code) from error
 
 
 async def post_document(session: aiohttp.ClientSession, endpoint: Endpoint, path: str, body: bytes) -> bytes:
@@ -70,7 +70,7 @@ async def post_document(session: aiohttp.ClientSession, endpoint: Endpoint, path
             if response.status != 200:
                 raise await refusal(response)
             return await _read_document(response)
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+    except CONNECTION_ERRORS as error:
         raise unreachable(endpoint, error) from error
 
 
@@ -117,8 +117,7 @@ async def _read_document(response: Response) -> bytes:
 async def refusal(response: Response) -> Exception:
     """The CallError for a status that refuses a request as a whole."""
     try:
-        document = msgspec.json.decode(await _read_document(response))
-        message = foreign_text(str(document["error"]))
+        message = foreign_text(str(decode_document(await _read_document(response))["error"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         message = f"{response.url} answered {response.status} {foreign_text(response.reason or '')}"
     retry_after = response.headers.get(hdrs.RETRY_AFTER, "")

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import msgspec
 import torch
@@ -27,7 +25,6 @@ from p2pmoe.protocol.messages import (
     encode_json,
     request_decoder,
 )
-from p2pmoe.protocol.schema import DATATYPE_TO_DTYPE
 from p2pmoe.rpc.base import Flat, Service
 from p2pmoe.rpc.exchange import ByteBudget, check_wire_version
 from p2pmoe.types import Caller
@@ -44,16 +41,15 @@ async def infer(
     budget: ByteBudget,
 ) -> web.Response:
     """Answer one request. Raises CallError or DecodeError for what is refused."""
-    body = _Body(request, limits, frame_limits)
-    header = msgspec.structs.replace(
-        decode_header(request_decoder, await body.read_json()), model_name=request.match_info["uid"]
-    )
-    check_wire_version(header)
-    order = _order_of_inputs(header.inputs)
-    service.admit(msgspec.structs.replace(header, inputs=tuple(header.inputs[index] for index in order)), caller)
-    held = _total_size(header.inputs, body.frame_limits)
-    budget.take(held)
+    body = _Body(request, limits, frame_limits, budget)
     try:
+        header = msgspec.structs.replace(
+            decode_header(request_decoder, await body.read_json()), model_name=request.match_info["uid"]
+        )
+        check_wire_version(header)
+        order = _order_of_inputs(header.inputs)
+        service.admit(msgspec.structs.replace(header, inputs=tuple(header.inputs[index] for index in order)), caller)
+        body.hold(_total_size(header.inputs, body.frame_limits))
         tensors = await body.read_tensors(header.inputs)
         ordered = msgspec.structs.replace(header, inputs=tuple(header.inputs[index] for index in order))
         future = service.submit(Frame(ordered, tuple(tensors[index] for index in order)), caller)
@@ -61,7 +57,7 @@ async def infer(
         service.flush()
         return _response(header, await future)
     finally:
-        budget.give(held)
+        budget.give(body.held)
 
 
 def _total_size(inputs: tuple[TensorHeader, ...], limits: FrameLimits) -> int:
@@ -77,18 +73,30 @@ def _total_size(inputs: tuple[TensorHeader, ...], limits: FrameLimits) -> int:
 class _Body:
     """The request's body: JSON first, then binary tensors."""
 
-    def __init__(self, request: web.Request, limits: LimitsConfig, frame_limits: FrameLimits) -> None:
+    def __init__(
+        self, request: web.Request, limits: LimitsConfig, frame_limits: FrameLimits, budget: ByteBudget
+    ) -> None:
         self._content = request.content
         self._limits = limits
         self.frame_limits = frame_limits
         self._json_bytes = _json_length(request)
         self._rest = b""
+        self._budget = budget
+        self.held = 0
+        """Bytes of the budget that this request has taken."""
         if (request.content_length or 0) > limits.max_json_bytes + limits.max_body_bytes:
             raise TooLargeError(
                 f"a body of {request.content_length} bytes is over the limit of {limits.max_body_bytes}"
             )
 
-    async def read_json(self) -> bytes:
+    def hold(self, count: int) -> None:
+        """Take bytes of the budget. Raises OverloadedError when there is no room."""
+        self._budget.give(self.held)
+        wanted, self.held = self.held + count, 0
+        self._budget.take(wanted)  # all at once: what is larger than the whole budget goes when nobody else does
+        self.held = wanted
+
+    async def read_json(self) -> memoryview:
         limit = self._limits.max_json_bytes
         if (self._json_bytes or 0) > limit:
             raise TooLargeError(f"JSON of {self._json_bytes} bytes is over the limit of {limit}; send binary tensors")
@@ -97,17 +105,18 @@ class _Body:
             chunk = await self._read()
             if not chunk:
                 break
+            self.hold(len(chunk))
             text += chunk
             if self._json_bytes is None and len(text) > limit:
                 raise TooLargeError(f"JSON is over the limit of {limit} bytes; send binary tensors")
         if self._json_bytes is None:
-            return bytes(text)
+            return memoryview(text)
         if len(text) < self._json_bytes:
             raise BadRequestError(
                 f"the body ends before {JSON_LENGTH_HEADER} ({self._json_bytes} bytes); it was cut off"
             )
         self._rest = bytes(text[self._json_bytes :])
-        return bytes(text[: self._json_bytes])
+        return memoryview(text)[: self._json_bytes]
 
     async def read_tensors(self, headers: tuple[TensorHeader, ...]) -> list[torch.Tensor]:
         """Tensors in the order of the request."""
@@ -170,39 +179,57 @@ def _order_of_inputs(inputs: tuple[TensorHeader, ...]) -> list[int]:
 # ------------------------------------------------------------------------------------------- JSON tensors
 
 
+_PIECE_BYTES = 16 * 1024
+_PIECE_VALUES = 8 * 1024
+_NO_NUMBERS = (b'"', b"{", b"n")  # a text, an object, null
+_float_decoder = msgspec.json.Decoder(list[float])
+_int_decoder = msgspec.json.Decoder(list[int])
+_bool_decoder = msgspec.json.Decoder(list[bool])
+
+
 def tensor_from_json(header: TensorHeader, limits: FrameLimits) -> torch.Tensor:
-    """A tensor from row-major or nested JSON values. Raises BadRequestError or DecodeError."""
+    """A tensor from row-major or nested JSON values. Raises BadRequestError or DecodeError.
+
+    The values are counted before one is decoded, and decoded piece by piece: as Python objects numbers take ten
+    times the memory of their text, and empty lists thirty times.
+    """
     if header.data is msgspec.UNSET:
         raise BadRequestError(f"input {header.name!r} has neither data nor parameters.binary_data_size")
     if header.parameters.codec not in (None, "raw"):
         raise BadRequestError(f"input {header.name!r}: codec {header.parameters.codec!r} needs binary data")
-    wire_size(header, limits)
-    dtype = DATATYPE_TO_DTYPE[header.datatype]
-    leaf: type | tuple[type, ...] = bool if dtype is torch.bool else int
-    if dtype.is_floating_point:
-        leaf = (int, float)
+    dtype, _ = wire_size(header, limits)
+    text = bytes(header.data)
+    if any(map(text.__contains__, _NO_NUMBERS)):
+        raise BadRequestError(
+            f"input {header.name!r}: values do not fit {header.datatype}; write numbers or true, false"
+        )
+    count = math.prod(header.shape)
+    # Nested lists hold one comma less than numbers, all together, unless some are empty; then their text says so.
+    found = text.count(b",") + 1 if text.strip(b"[], \t\r\n") else 0
+    if found != count:
+        raise BadRequestError(
+            f"input {header.name!r}: shape {list(header.shape)} needs {count} values, data has {found}"
+        )
+    return _from_pieces(text.translate(None, b"[]"), count, dtype, header).reshape(header.shape)
+
+
+def _from_pieces(text: bytes, count: int, dtype: torch.dtype, header: TensorHeader) -> torch.Tensor:
+    """`text` is numbers with commas between them, those of nested lists without the lists."""
+    decoder = _float_decoder if dtype.is_floating_point else _bool_decoder if dtype is torch.bool else _int_decoder
+    tensor = torch.empty(count, dtype=dtype)
+    start = filled = 0
     try:
-        values = list(_leaves(msgspec.json.decode(header.data), leaf, header))
-        if len(values) != math.prod(header.shape):
-            raise BadRequestError(
-                f"input {header.name!r}: shape {list(header.shape)} needs {math.prod(header.shape)} values, "
-                f"data has {len(values)}"
-            )
-        return torch.tensor(values, dtype=dtype).reshape(header.shape)
-    except (msgspec.DecodeError, RecursionError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, BadRequestError):
-            raise
+        while start < len(text) and count:
+            end = text.find(b",", start + _PIECE_BYTES)
+            end = len(text) if end < 0 else end
+            values = decoder.decode(b"[%b]" % text[start:end])
+            tensor[filled : filled + len(values)] = torch.tensor(values, dtype=dtype)
+            start, filled = end + 1, filled + len(values)
+    except (msgspec.DecodeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise DecodeError(f"input {header.name!r}: data cannot be {header.datatype}: {error}") from error
-
-
-def _leaves(value: Any, leaf: type | tuple[type, ...], header: TensorHeader) -> Iterator[Any]:
-    if isinstance(value, list):
-        for item in value:
-            yield from _leaves(item, leaf, header)
-    elif not isinstance(value, leaf) or (leaf is not bool and isinstance(value, bool)):
-        raise BadRequestError(f"input {header.name!r}: {type(value).__name__} values do not fit {header.datatype}")
-    else:
-        yield value
+    if filled != count:
+        raise BadRequestError(f"input {header.name!r} needs {count} values, data has {filled}")
+    return tensor
 
 
 # ----------------------------------------------------------------------------------------------- response
@@ -219,8 +246,7 @@ def _response(request: RequestHeader, tensors: Flat) -> web.Response:
         if binary:
             memories.append(memory)
         else:
-            values = msgspec.Raw(encode_json(tensors[index].flatten().tolist()))
-            header = TensorHeader(header.name, header.datatype, header.shape, data=values)
+            header = TensorHeader(header.name, header.datatype, header.shape, data=_json_values(tensors[index]))
         headers.append(header)
     text = encode_json(ResponseHeader(id=request.id, model_name=request.model_name, outputs=tuple(headers)))
     if not memories:
@@ -229,6 +255,12 @@ def _response(request: RequestHeader, tensors: Flat) -> web.Response:
         body=b"".join((text, *memories)),
         headers={hdrs.CONTENT_TYPE: "application/octet-stream", JSON_LENGTH_HEADER: str(len(text))},
     )
+
+
+def _json_values(tensor: torch.Tensor) -> msgspec.Raw:
+    """The numbers as a flat list, written piece by piece, as `tensor_from_json` reads them."""
+    pieces = (encode_json(piece.tolist())[1:-1] for piece in tensor.flatten().split(_PIECE_VALUES))
+    return msgspec.Raw(b"[%b]" % b",".join(pieces))
 
 
 def _wanted_outputs(request: RequestHeader, count: int) -> list[tuple[int, bool]]:
