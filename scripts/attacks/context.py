@@ -34,6 +34,7 @@ class Context:
         infos: their info documents.
         public_key: the node's, as its records say.
         ends_at: when the window of time is over, on the clock of `time.monotonic`.
+        source: the address that TCP connections come from; None leaves it to the system.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Context:
         public_key: bytes,
         dice: random.Random,
         ends_at: float,
+        source: str | None = None,
     ) -> None:
+        self.source = source
         self.target, self.uids, self.public_key, self.dice, self.ends_at = target, uids, public_key, dice, ends_at
         self.sent: Counter[str] = Counter()
         self.updates: Counter[str] = Counter()
@@ -61,7 +64,7 @@ class Context:
         return attacker_tls() if self.target.scheme == "https" else None
 
     async def connect(self) -> Line:
-        return await Line.open(self.target.host, self.target.port, self.tls(), self.sent)
+        return await Line.open(self.target.host, self.target.port, self.tls(), self.sent, source=self.source)
 
     async def raw(self, data: bytes, *, eof: bool = False, within_s: float = 4.0) -> Reply:
         """Bytes on a connection of their own, and the first reply to them."""

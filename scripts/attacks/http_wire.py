@@ -64,10 +64,13 @@ class Line:
         self.reader, self.writer, self._sent = reader, writer, sent
 
     @classmethod
-    async def open(cls, host: str, port: int, tls: ssl.SSLContext | None, sent: Counter[str]) -> Self:
-        """Raises OSError or TimeoutError when nobody answers, or the handshake is refused."""
+    async def open(
+        cls, host: str, port: int, tls: ssl.SSLContext | None, sent: Counter[str], *, source: str | None = None
+    ) -> Self:
+        """Raises OSError or TimeoutError when nobody answers, or the handshake is refused. `source`: from where."""
+        local = (source, 0) if source else None
         async with asyncio.timeout(CONNECT_S):
-            reader, writer = await asyncio.open_connection(host, port, ssl=tls, limit=2**24)
+            reader, writer = await asyncio.open_connection(host, port, ssl=tls, limit=2**24, local_addr=local)
         sent["connections"] += 1
         return cls(reader, writer, sent)
 

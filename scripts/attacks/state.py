@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import time
 from collections import Counter
 from pathlib import Path
@@ -59,11 +60,11 @@ class State:
         self._memory, self._files = self._target.resident_bytes(), self._target.open_files()
         await self._remember_backward(ctx)
 
-    async def losses(self, client: HonestClient, ctx: Context) -> list[str]:
-        """What is no longer as it was, in words; an empty list when nothing is lost."""
+    async def losses(self, client: HonestClient, attack: Context, ctx: Context) -> list[str]:
+        """What is no longer as it was after `attack`, in words; an empty list when nothing is lost."""
         lost = [
             *await self._lost_records(),
-            *await self._lost_parameters(client, ctx.updates),
+            *await self._lost_parameters(client, attack.updates),
             *await self._lost_replay(ctx),
             *self._lost_calm(),
         ]
@@ -115,7 +116,7 @@ class State:
         return counts
 
     async def _remember_backward(self, ctx: Context) -> None:
-        call_id = ctx.dice.randbytes(16).hex()
+        call_id = secrets.token_hex(16)
         call = ctx.call(self._uids["victim"], "backward", call_id=call_id)
         reply = await ctx.exchange(call)
         if reply.seen_frames != "frame 200":
