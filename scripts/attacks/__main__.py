@@ -57,6 +57,7 @@ def main() -> int:
 
 async def _run(target: Target, chosen: Sequence[Attack], seed: int, *, as_json: bool) -> int:
     passed = False
+    await target.discover()
     fitting = [each for each in chosen if target.has(each.needs)]
     table = _table()
     async for result in run_attacks(target, fitting, seed):

@@ -47,3 +47,29 @@ async def gradient_nan_input(ctx: Context) -> str:
 async def gradient_nan_forward(ctx: Context) -> str:
     """NaN inputs of a forward pass."""
     return (await ctx.exchange(ctx.call(value=ctx.dice.choice(POISON)))).seen_frames
+
+
+@attack("gradient_huge", expects="the expert is sound", per_s=6)
+async def gradient_huge(ctx: Context) -> str:
+    """Gradients and inputs near the largest number there is: squares and sums of them overflow."""
+    victim = ctx.uids["victim"]
+    before = await ctx.update_count(victim)
+    values = [ctx.dice.choice((3e38, -3e38, 1e30, None)) for _ in ctx.tensors(victim, "backward")]
+    reply = await ctx.exchange(ctx.call(victim, "backward", values=values))
+    ctx.updates[victim] += await ctx.update_count(victim) - before
+    seen = await _with_health(ctx, reply)
+    return seen if "ruined" in seen else "the expert is sound"
+
+
+@attack("gradient_outlier", expects="frame 400", once=True, limit_s=20)
+async def gradient_outlier(ctx: Context) -> str:
+    """Gradients a million times as large as the 80 that came before."""
+    victim = ctx.uids["victim"]
+    count = len(ctx.tensors(victim, "backward")) - len(ctx.tensors(victim, "forward"))
+    inputs: list[float | None] = [None] * len(ctx.tensors(victim, "forward"))
+    before = await ctx.update_count(victim)
+    for _ in range(80):
+        await ctx.exchange(ctx.call(victim, "backward", values=[*inputs, *[1e-3] * count]))
+    replies = [await ctx.exchange(ctx.call(victim, "backward", values=[*inputs, *[1e3] * count])) for _ in range(5)]
+    ctx.updates[victim] += await ctx.update_count(victim) - before
+    return "+".join(sorted({reply.seen_frames for reply in replies}))

@@ -80,14 +80,14 @@ async def body_drip(ctx: Context) -> str:
 
 @attack("slow_reader", expects="closed", once=True, limit_s=60)
 async def slow_reader(ctx: Context) -> str:
-    """Twelve callers ask for 4 MB each and never read them: the node must not keep their results for ever."""
-    rows = 4 * 2**20 // 256
+    """Four callers ask for 16 MB each and never read them: the node must not keep their results for ever."""
+    rows = 16 * 2**20 // 256
     begin = request("POST", EXCHANGE, ctx.call(rows=rows, value=0.0))
-    async with _lines(ctx, 12) as lines:
+    async with _lines(ctx, 4) as lines:
         for line in lines:
             line.writer.transport.pause_reading()  # type: ignore[attr-defined]
             await line.send(begin)
-        await asyncio.sleep(ctx.target.write_timeout_s + 1)
+        await asyncio.sleep(ctx.target.write_timeout_s + 2)
         return await _still_unread(lines, rows * 256)
 
 
@@ -166,6 +166,9 @@ async def connection_flood(ctx: Context) -> str:
         return "closed"
     async with _lines(ctx, many) as lines:
         ctx.notes["opened"] = len(lines)
-        last = lines[-1]
-        await last.send(request("GET", "/v2"))
-        return (await last.reply()).seen
+        try:
+            async with await ctx.connect() as one_more:
+                await one_more.send(request("GET", "/v2"))
+                return (await one_more.reply()).seen
+        except (OSError, TimeoutError):
+            return "closed"

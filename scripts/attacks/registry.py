@@ -25,6 +25,8 @@ THEMES: tuple[str, ...] = (
     "oip",
     "replay",
     "gradients",
+    "tls",
+    "sessions",
     "dht_records",
     "dht_datagrams",
     "dht_peers",

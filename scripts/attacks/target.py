@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
 from attacks.http_wire import Line, attacker_tls, request
 from p2pmoe.cli.local_swarm import NodeProcess
-from p2pmoe.config import parse_host_port
+from p2pmoe.config import LimitsConfig, parse_host_port
+from p2pmoe.types import WIRE_VERSION
 
 START_S = 60.0
 END_S = 8.0
@@ -37,9 +41,10 @@ initial_peers = ["{bootstrap}"]
 ttl_s = 10.0
 refresh_s = 2.0
 [limits]
-max_connections = 128
+max_connections = 160
 idle_read_timeout_s = 1.0
 """
+TIGHT = {"http_head_timeout_s": 2.0, "slow_body_grace_s": 2.0, "write_stall_timeout_s": 2.0, "handshake_timeout_s": 2.0}
 
 
 @dataclass
@@ -58,7 +63,10 @@ class Target:
     header_timeout_s: float = 2.0
     slow_body_s: float = 3.0
     """After how long a body that drips must be given up."""
-    write_timeout_s: float = 3.0
+    write_timeout_s: float = 2.0
+    handshake_timeout_s: float = 2.0
+    features: frozenset[str] = frozenset()
+    """Found out by `discover`."""
     max_connections: int = 0
     """0: not known, then nobody fills them."""
     access: str = "open"
@@ -84,13 +92,18 @@ class Target:
             "tls": self.scheme == "https",
             "plain": self.scheme == "http",
             "own": bool(self.pid),
-        }[feature]
+        }.get(feature, feature in self.features)
+
+    async def discover(self) -> None:
+        """Find out which doors the node has."""
+        tls = attacker_tls() if self.scheme == "https" else None
+        async with await Line.open(self.host, self.port, tls, Counter()) as line:
+            await line.send(request("POST", f"/p2pmoe/v{WIRE_VERSION}/session/nonce"))
+            if (await line.reply()).status == 200:
+                self.features |= {"sessions"}
 
     async def get_json(self, path: str) -> Any:
         """A document of the node, read over a connection of its own. Raises RuntimeError."""
-        import json
-        from collections import Counter
-
         tls = attacker_tls() if self.scheme == "https" else None
         async with await Line.open(self.host, self.port, tls, Counter()) as line:
             await line.send(request("GET", path))
@@ -109,7 +122,9 @@ def own_target(folder: Path) -> Iterator[Target]:
         deadline = time.monotonic() + START_S
         processes.append(NodeProcess("bootstrap", folder, BOOTSTRAP))
         bootstrap = processes[0].wait_until_serving(deadline)["dht_address"]
+        known = {field.name for field in msgspec.structs.fields(LimitsConfig)}
         settings = NODE.format(bootstrap=bootstrap, identity=(folder / "identity.pem").as_posix())
+        settings += "".join(f"{key} = {value}\n" for key, value in TIGHT.items() if key in known)
         node = NodeProcess("node", folder, settings)
         processes.append(node)
         told = node.wait_until_serving(deadline)
@@ -123,7 +138,7 @@ def own_target(folder: Path) -> Iterator[Target]:
             (bootstrap,),
             pid=node.pid,
             log_path=node.log_path,
-            max_connections=128,
+            max_connections=160,
         )
     finally:
         for process in processes:
