@@ -12,6 +12,7 @@ from attacks.http_wire import Line, frame, request
 from attacks.registry import attack
 
 SLOW_LINES = 40
+MIB = 2**20
 GRACE_S = 4.0
 """Beyond the target's own timeouts."""
 
@@ -116,21 +117,24 @@ async def abandoned_calls(ctx: Context) -> str:
 @attack("reserved_memory", expects="frame 400", once=True, limit_s=60)
 async def reserved_memory(ctx: Context) -> str:
     """Four calls announce 200 MB each and send none of it: memory is taken as bytes come, and given back."""
-    return await _announce(ctx, calls=4)
+    return await _announce(ctx, [200 * MIB] * 4)
 
 
-async def _announce(ctx: Context, calls: int) -> str:
-    """Calls that announce 200 MB each; what the node answers when no more comes."""
+async def _announce(ctx: Context, sizes: list[int]) -> str:
+    """Calls that announce so many bytes and send a few; what the node answers when no more comes."""
     width = ctx.tensors(ctx.uids["victim"], "forward")[0]["shape"][-1]
-    tensors = ctx.tensors(ctx.uids["victim"], "forward", 200 * 2**20 // (4 * width))
-    size = tensors[0]["parameters"]["binary_data_size"]
-    start = frame({"id": "large", "model_name": ctx.uids["victim"], "inputs": tensors}, body_bytes=size)
-    begin = request("POST", EXCHANGE, headers={"Content-Length": str(len(start) + size)}) + start + bytes(4096)
-    async with _lines(ctx, calls, begin) as lines:
+    async with _lines(ctx, len(sizes)) as lines:
+        for line, wanted in zip(lines, sizes, strict=False):
+            tensors = ctx.tensors(ctx.uids["victim"], "forward", wanted // (4 * width))
+            size = tensors[0]["parameters"]["binary_data_size"]
+            start = frame({"id": "large", "model_name": ctx.uids["victim"], "inputs": tensors}, body_bytes=size)
+            head = request("POST", EXCHANGE, headers={"Content-Length": str(len(start) + size)})
+            await line.send(head + start + bytes(64))
         memory = ctx.target.resident_bytes()
         replies = await asyncio.gather(*(line.reply(ctx.target.idle_read_timeout_s + GRACE_S) for line in lines))
         ctx.notes["resident_mib"] = memory and memory >> 20
-    return "+".join(dict.fromkeys(sorted(reply.seen_frames for reply in replies))).replace("+frame ", "+")
+    codes = {code for reply in replies for code in reply.seen_frames.removeprefix("frame ").split("+")}
+    return "frame " + "+".join(sorted(codes))
 
 
 @attack("pipelined_unread", expects="held back or closed", once=True)
@@ -154,8 +158,8 @@ async def pipelined_unread(ctx: Context) -> str:
 
 @attack("budget_hoarding", expects="frame 400 or frame 400+429 or frame 429", once=True, limit_s=60)
 async def budget_hoarding(ctx: Context) -> str:
-    """Twelve calls announce 2.4 GB together, more than the node's memory for calls, and send none of it."""
-    return await _announce(ctx, calls=12)
+    """Calls announce all of the node's memory for calls, ever smaller ones to the last byte, and send none."""
+    return await _announce(ctx, [200 * MIB] * 11 + [40 * MIB] * 4 + [8 * MIB] * 5 + [MIB] * 8 + [MIB // 16] * 16)
 
 
 @attack("connection_flood", expects="429 or closed", once=True, limit_s=20)
