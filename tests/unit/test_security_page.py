@@ -11,6 +11,13 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 
 
+def test_every_test_that_is_named_exists():
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", PAGE))
+    assert len(named) > 20
+    missing = sorted(path for path in named if not (ROOT / path).is_file())
+    assert not missing
+
+
 def test_every_attack_that_is_named_is_on_the_list(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from attacks.registry import all_attacks
