@@ -39,6 +39,22 @@ MAX_KEY_FILE_BYTES: Final = 4096
 _NODE_DOMAIN: Final = b"p2pmoe-node-1\0"
 _SWARM_DOMAIN: Final = b"p2pmoe-swarm-key-1\0"
 
+# The y coordinates of the eight points of small order, canonical or not. A "signature" of such a key needs no private
+# key and fits almost any message; no honest key pair has one. Source: Chalkias, Garillot and Nikolaenko, "Taming the
+# many EdDSAs" (2020), table 1.
+_SMALL_ORDER_Y: Final = frozenset(
+    bytes.fromhex(text)
+    for text in (
+        "0000000000000000000000000000000000000000000000000000000000000000",
+        "0100000000000000000000000000000000000000000000000000000000000000",
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+        "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+        "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    )
+)
+
 
 def node_id_of(public_key: bytes) -> bytes:
     """The 20-byte place of a public key (32 raw bytes) in the DHT's id space."""
@@ -58,7 +74,10 @@ def peer_id_of(public_key: bytes) -> PeerId:
 
 @functools.lru_cache(maxsize=1024)
 def _parsed(public_key: bytes) -> Ed25519PublicKey:
-    return Ed25519PublicKey.from_public_bytes(public_key)
+    parsed = Ed25519PublicKey.from_public_bytes(public_key)
+    if public_key[:-1] + bytes([public_key[-1] & 0x7F]) in _SMALL_ORDER_Y:
+        raise ValueError("a public key of small order belongs to nobody")
+    return parsed
 
 
 def verify(public_key: bytes, message: bytes, signature: bytes) -> None:

@@ -46,6 +46,10 @@ class NodeProcess:
     def __repr__(self) -> str:
         return f"<NodeProcess {self.name}: pid {self._process.pid}>"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait_until_serving(self, deadline: float) -> dict[str, Any]:
         """What the node says of itself once it serves. Raises LocalError with the end of its log."""
         try:

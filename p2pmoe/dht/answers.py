@@ -33,6 +33,8 @@ CONTACTS_BESIDE_RECORDS: Final = 8
 FOUND_BYTES: Final = 80
 """What a Found takes besides contacts and records, at most."""
 PACKED_CONTACT_BYTES: Final = 38
+PONG_BYTES: Final = 78
+"""A Pong that carries an IPv6 address; a ping of less than a third of it is told no address."""
 BAD_SIGNATURE_COST_BYTES: Final = 4096
 """A wrong signature, the owner's included, costs us a tenth of a millisecond; it is charged like this many bytes."""
 
@@ -70,7 +72,8 @@ class Answers:
             self._tokens = WriteTokens(now)
         fresh = self._tokens.make(address, now)
         if isinstance(request, Ping):
-            return Answer(Pong(request.id, self._own_id, fresh, _packed(address), int(wall_s * 1000)))
+            seen = _packed(address) if AMPLIFICATION * size >= PONG_BYTES else b""
+            return Answer(Pong(request.id, self._own_id, fresh, seen, int(wall_s * 1000)))
         proven = self._tokens.holds(request.token, address, now)
         if isinstance(request, Find):
             limit = self._max_bytes if proven else min(AMPLIFICATION * size, self._max_bytes)

@@ -242,6 +242,13 @@ def test_requested_outputs(client: Client) -> None:
     assert "9" in reply["error"]
 
 
+def test_an_output_is_given_once(client: Client) -> None:
+    for outputs in ([{"name": "0"}] * 3, [{"name": "1"}, {"name": "1"}], [{"name": "0"}] * 100):
+        status, reply, _ = client.infer("linear.0", {"inputs": GOOD, "outputs": outputs})
+        assert status == 400, reply
+        assert "once" in reply["error"]
+
+
 def test_unknown_parameters_are_ignored(client: Client) -> None:
     document = {
         "inputs": [{**GOOD[0], "parameters": {"classification": 3}}, GOOD[1]],

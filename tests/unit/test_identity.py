@@ -51,6 +51,50 @@ def test_verify_raises_only_bad_signature_whatever_the_bytes(key, message, signa
 
 
 @posix_only
+def small_order_keys() -> list[bytes]:
+    """Every encoding of a point P with 8 P = 0, found on the curve -x² + y² = 1 + d x² y² itself."""
+    p = 2**255 - 19
+    d = -121665 * pow(121666, -1, p) % p
+
+    def add(first, second):
+        (x1, y1), (x2, y2) = first, second
+        product = d * x1 * x2 * y1 * y2 % p
+        x = (x1 * y2 + x2 * y1) * pow(1 + product, -1, p) % p
+        return x, (y1 * y2 + x1 * x2) * pow(1 - product, -1, p) % p
+
+    def root(square):
+        candidate = pow(square, (p + 3) // 8, p)
+        if candidate * candidate % p != square:
+            candidate = candidate * pow(2, (p - 1) // 4, p) % p
+        return candidate if candidate * candidate % p == square else None
+
+    # Twice a point of order 8 has y = 0: x² + y² = 0, and so d y⁴ + 2 y² - 1 = 0.
+    points = {(0, 1)}
+    for sign in (1, -1):
+        y = root((-1 + sign * (root(1 + d) or 0)) * pow(d, -1, p) % p)
+        x = None if y is None else root(-y * y % p)
+        if x is not None:
+            points |= {(each, other) for each in (x, -x % p) for other in (y, -y % p)}
+    for point in list(points):
+        double = add(point, point)
+        points |= {double, add(double, double)}
+    assert len(points) == 8
+    encodings = []
+    for _, y in points:
+        for number in (y, y + p):  # a number over p is another spelling of the same
+            if number < 2**255:
+                encodings += [(number | sign << 255).to_bytes(32, "little") for sign in (0, 1)]
+    return sorted(set(encodings))
+
+
+@pytest.mark.parametrize("public_key", small_order_keys(), ids=bytes.hex)
+def test_a_key_of_small_order_signs_nothing(public_key):
+    for signature in (bytes(64), b"\1" + bytes(63), public_key + bytes(32)):
+        for message in (b"", b"any", bytes(100)):
+            with pytest.raises(BadSignatureError):
+                verify(public_key, message, signature)
+
+
 def test_load_or_create_makes_a_private_file_in_a_new_folder_once(tmp_path):
     path = tmp_path / "deep" / "identity.pem"
     first = Identity.load_or_create(path)

@@ -267,10 +267,13 @@ def _wanted_outputs(request: RequestHeader, count: int) -> list[tuple[int, bool]
     default = request.parameters.binary_data_output is True
     if not request.outputs:
         return [(index, default) for index in range(count)]
-    wanted = []
+    wanted: list[tuple[int, bool]] = []
     for output in request.outputs:
         if output.name not in map(str, range(count)):
             raise BadRequestError(f"there is no output {output.name!r}; the model has '0' to '{count - 1}'")
         binary = output.parameters.binary_data
         wanted.append((int(output.name), default if binary is None else binary))
+    if len(dict(wanted)) < len(wanted):
+        # A few bytes of request would be megabytes of reply.
+        raise BadRequestError(f"an output is asked for twice; the model has {count}, each is given once")
     return wanted

@@ -235,6 +235,7 @@ async def test_a_spoofed_request_is_answered_with_at_most_three_times_its_bytes(
     for number in range(30):
         alice.table.heard_from(Contact(bytes([number]) * 20, "127.0.0.1", 1000 + number), 0)
     for request in (
+        Ping(ID, b""),
         Ping(ID, b"", bytes(16)),
         Find(ID, b"", b"", KEY, 32),
         Find(ID, b"", bytes(8), KEY, 32, bytes(100)),

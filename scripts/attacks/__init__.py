@@ -1,0 +1,1 @@
+"""Attacks against a running node, by name: `scripts/attack`."""

@@ -1,0 +1,91 @@
+"""`scripts/attack` against a node of its own: a fast part of the list, and that a failure is a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def run_attack(*arguments: str) -> tuple[int, list[dict]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "attacks", "--json", *arguments],
+        env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
+        capture_output=True,
+        text=True,
+        timeout=55,
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_at_least_forty_attacks_have_names_and_expectations():
+    code, attacks = run_attack("--list")
+    assert code == 0
+    assert len(attacks) >= 40
+    assert len({each["name"] for each in attacks}) == len(attacks)
+    assert all(each["expects"] and each["does"] for each in attacks)
+
+
+@pytest.mark.slow
+def test_a_node_refuses_lying_frames_and_stolen_records_and_loses_nothing(tmp_path):
+    patterns = (
+        "frame_body*",
+        "frame_zip*",
+        "frame_good*",
+        "replay_backward",
+        "dht_theft*",
+        "dht_rollback",
+        "udp_empty",
+    )
+    code, (*results, summary) = run_attack(
+        *(part for pattern in patterns for part in ("--only", pattern)), "--folder", str(tmp_path)
+    )
+    assert len(results) >= len(patterns)
+    for result in results:
+        assert result["refused"], result
+        assert result["state_ok"], result
+        assert result["honest_calls"] > 0, result
+        assert result["honest_errors"] == 0, result
+    assert summary["attacks"] == summary["refused"] == len(results)
+    # Latency is judged by the script itself on a quiet machine; here other tests may be running.
+    assert code == (0 if summary["passed"] else 1)
+    assert (tmp_path / "node.log").read_text().count("Traceback") == 0
+
+
+def test_what_is_not_refused_as_expected_fails(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from attacks.registry import Attack
+
+    async def nothing(ctx) -> str:
+        return "200"
+
+    attack = Attack("name", "theme", "400 or closed", nothing, 1.0, once=False, limit_s=1.0, needs="")
+    assert attack.is_refused("400")
+    assert attack.is_refused("closed")
+    assert not attack.is_refused("200")
+    assert not attack.is_refused("400 ")
+
+
+def test_losses_and_slowness_fail_a_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from attacks.runner import Result
+
+    def result(**changes) -> Result:
+        good = {
+            "name": "a", "theme": "b", "sent": {}, "expected": "400", "seen": "400", "refused": True,
+            "p50_quiet_ms": 1.0, "p50_ms": 2.9, "p99_ms": 9.0, "ratio": 2.9, "honest_calls": 9, "honest_errors": 0,
+            "state_ok": True, "lost": [], "seconds": 0.6,
+        }  # fmt: skip
+        return Result(**(good | changes))
+
+    assert result().passed
+    for change in ({"ratio": 3.1}, {"ratio": None}, {"refused": False}, {"state_ok": False}, {"honest_errors": 1}):
+        assert not result(**change).passed
