@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from yarl import URL
 from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import ResponseHeader, response_decoder
 from p2pmoe.rpc.http.documents import fetch_json, open_session, refusal, unreachable
+from p2pmoe.rpc.http.tls import Pins
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 _EXCHANGE_PATH = f"/p2pmoe/v{WIRE_VERSION}/exchange"
@@ -64,6 +66,7 @@ class HttpTransport:
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
         self._session: aiohttp.ClientSession | None = None
         self._urls: dict[Endpoint, URL] = {}
+        self._pins = Pins()
         self.bytes_sent = 0
         self.bytes_received = 0
         self.exchanges = 0
@@ -76,8 +79,9 @@ class HttpTransport:
     ) -> AsyncGenerator[Frame[ResponseHeader], None]:
         """See `Transport.exchange`."""
         self.exchanges += 1
+        context = self._pins.context_for(endpoint)
         try:
-            response = await self._post(endpoint, frames)
+            response = await self._post(endpoint, frames, context)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise unreachable(endpoint, error) from error
         try:
@@ -99,7 +103,7 @@ class HttpTransport:
 
     async def get_json(self, endpoint: Endpoint, path: str) -> Any:
         """See `Transport.get_json`."""
-        return await fetch_json(self._open(), endpoint, path)
+        return await fetch_json(self._open(), self._pins, endpoint, path)
 
     async def close(self) -> None:
         """See `Transport.close`."""
@@ -114,7 +118,9 @@ class HttpTransport:
             self._session = open_session(self._timeout, read_bufsize=_READ_BYTES)
         return self._session
 
-    async def _post(self, endpoint: Endpoint, frames: Sequence[EncodedFrame]) -> aiohttp.ClientResponse:
+    async def _post(
+        self, endpoint: Endpoint, frames: Sequence[EncodedFrame], context: ssl.SSLContext | bool
+    ) -> aiohttp.ClientResponse:
         url = self._urls.get(endpoint)
         if url is None:
             url = self._urls[endpoint] = URL(endpoint.url + _EXCHANGE_PATH)
@@ -122,10 +128,10 @@ class HttpTransport:
         self.bytes_sent += payload.size or 0
         session = self._open()
         try:
-            return await session.post(url, data=payload, allow_redirects=False)
+            return await session.post(url, data=payload, ssl=context, allow_redirects=False)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             if isinstance(error, aiohttp.ClientConnectorError):
                 raise
             # A pooled connection may have been closed by the peer just now. The ids are the same, and the
             # server applies a backward id at most once, so asking again is safe.
-            return await session.post(url, data=FramesPayload(frames), allow_redirects=False)
+            return await session.post(url, data=FramesPayload(frames), ssl=context, allow_redirects=False)

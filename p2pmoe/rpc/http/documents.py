@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -11,7 +12,8 @@ import msgspec
 from aiohttp import hdrs
 from yarl import URL
 
-from p2pmoe.errors import DecodeError, PeerUnreachableError, call_error
+from p2pmoe.errors import DecodeError, PeerIdentityError, PeerUnreachableError, call_error
+from p2pmoe.rpc.http.tls import CertificateRefused, Pins
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 WIRE_VERSION_HEADER: Final = "P2PMoE-Wire-Version"
@@ -31,10 +33,11 @@ def open_session(timeout: aiohttp.ClientTimeout, **options: Any) -> aiohttp.Clie
     )
 
 
-async def fetch_json(session: aiohttp.ClientSession, endpoint: Endpoint, path: str) -> Any:
+async def fetch_json(session: aiohttp.ClientSession, pins: Pins, endpoint: Endpoint, path: str) -> Any:
     """A JSON document of the node. Raises PeerUnreachableError, CallError, DecodeError."""
+    context = pins.context_for(endpoint)
     try:
-        async with session.get(URL(endpoint.url + path), allow_redirects=False) as response:
+        async with session.get(URL(endpoint.url + path), ssl=context, allow_redirects=False) as response:
             if response.status != 200:
                 raise await refusal(response)
             body = await _read_document(response)
@@ -52,6 +55,7 @@ class HttpDocuments:
     def __init__(self, *, timeout_s: float = 5.0) -> None:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._session: aiohttp.ClientSession | None = None
+        self._pins = Pins()
 
     def __repr__(self) -> str:
         return f"<HttpDocuments: {'closed' if self._session is None else 'open'}>"
@@ -60,7 +64,7 @@ class HttpDocuments:
         """See `Transport.get_json`."""
         if self._session is None:
             self._session = open_session(self._timeout)
-        return await fetch_json(self._session, endpoint, path)
+        return await fetch_json(self._session, self._pins, endpoint, path)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -101,7 +105,13 @@ async def refusal(response: aiohttp.ClientResponse) -> Exception:
 
 def unreachable(endpoint: Endpoint, error: BaseException) -> PeerUnreachableError:
     """The error of ours for one of the HTTP library's."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        refused = error.certificate_error
+        if isinstance(refused, CertificateRefused):
+            return PeerIdentityError(f"{endpoint} was not called: {refused.error}")
     reason = str(error) or type(error).__name__
     if isinstance(error, asyncio.TimeoutError):
         reason = f"no answer in time ({reason})"
+    elif isinstance(error, ssl.SSLError):
+        reason = f"no TLS 1.3 there ({reason})"
     return PeerUnreachableError(f"{endpoint} cannot be reached: {reason}; is the node up and its port open?")

@@ -1,4 +1,4 @@
-"""Who a peer is: an Ed25519 key pair, the peer id made from it, signing and verifying.
+"""An Ed25519 key pair, the peer id made from it, signing and verifying.
 
 Knows nothing of records, certificates or the network.
 """
