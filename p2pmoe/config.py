@@ -63,6 +63,8 @@ class LimitsConfig(Section, frozen=True):
     """Bytes of all calls of one HTTP exchange together."""
     max_json_bytes: Positive = 16 * 1024 * 1024
     """JSON of one Open Inference Protocol request, tensor values written as JSON included."""
+    max_json_depth: Positive = 32
+    """Arrays and objects inside one another, in any JSON of a call."""
     max_calls_per_exchange: Positive = 1024
     max_tensors: Positive = 256
     """Tensors of one call."""

@@ -28,7 +28,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import NameOID, SignatureAlgorithmOID
 
 from p2pmoe.errors import BadSignatureError, IdentityError, PeerIdentityError
 from p2pmoe.identity.keys import Identity, peer_id_of, verify
@@ -144,7 +144,9 @@ def check_certificate(der: bytes | None, public_key: bytes, now: float) -> None:
         key = certificate.public_key()
         begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         signed, signature = certificate.tbs_certificate_bytes, certificate.signature
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
+        algorithm = certificate.signature_algorithm_oid
+    # The parser warns of odd serial numbers; whoever turns warnings into errors must not see that raised.
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, Warning) as error:
         raise PeerIdentityError(f"peer {expected} was expected, the certificate cannot be read: {error}") from error
     if not isinstance(key, Ed25519PublicKey):
         raise PeerIdentityError(f"peer {expected} was expected, the certificate carries no Ed25519 key")
@@ -153,6 +155,8 @@ def check_certificate(der: bytes | None, public_key: bytes, now: float) -> None:
             f"peer {expected} was expected, {peer_id_of(key.public_bytes_raw())} answered: the record is older than "
             f"the peer's present key, or somebody stands in between; wait a minute for a fresh record"
         )
+    if algorithm != SignatureAlgorithmOID.ED25519:
+        raise PeerIdentityError(f"peer {expected} did not sign its certificate with Ed25519")
     try:
         verify(public_key, signed, signature)
     except BadSignatureError as error:

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from p2pmoe.errors import CallError, DecodeError, call_error
+from p2pmoe.protocol.depth import MAX_JSON_DEPTH, check_json_depth
 from p2pmoe.types import WIRE_VERSION
 
 T = TypeVar("T")
@@ -125,8 +126,11 @@ request_decoder = msgspec.json.Decoder(RequestHeader)
 response_decoder = msgspec.json.Decoder(ResponseHeader)
 
 
-def decode_header(decoder: msgspec.json.Decoder[T], raw: bytes | bytearray | memoryview) -> T:
+def decode_header(
+    decoder: msgspec.json.Decoder[T], raw: bytes | bytearray | memoryview, max_depth: int = MAX_JSON_DEPTH
+) -> T:
     """A header from a peer's bytes. Raises DecodeError whatever the bytes are."""
+    check_json_depth(raw, max_depth)
     try:
         return decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -39,9 +39,8 @@ async def infer(
 ) -> web.Response:
     """Answer one request. Raises CallError or DecodeError for what is refused."""
     body = _Body(request, limits, frame_limits)
-    header = msgspec.structs.replace(
-        decode_header(request_decoder, await body.read_json()), model_name=request.match_info["uid"]
-    )
+    decoded = decode_header(request_decoder, await body.read_json(), frame_limits.json_depth)
+    header = msgspec.structs.replace(decoded, model_name=request.match_info["uid"])
     check_wire_version(header)
     order = _order_of_inputs(header.inputs)
     service.admit(msgspec.structs.replace(header, inputs=tuple(header.inputs[index] for index in order)))

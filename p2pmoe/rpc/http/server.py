@@ -49,7 +49,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def frame_limits(limits: LimitsConfig) -> FrameLimits:
-    return FrameLimits(limits.max_header_bytes, limits.max_body_bytes, limits.max_tensors, limits.max_rank)
+    return FrameLimits(
+        limits.max_header_bytes, limits.max_body_bytes, limits.max_tensors, limits.max_rank, limits.max_json_depth
+    )
 
 
 class HttpServer:
