@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from p2pmoe.errors import ConfigError, shown
+from p2pmoe.types import is_loopback
 
 MAX_CONFIG_BYTES: Final = 256 * 1024
 """A longer file is no node.toml; it is not read to its end."""
@@ -33,7 +34,7 @@ NonNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 Milliseconds = Annotated[float, Meta(ge=0)]
 Rate = Annotated[float, Meta(gt=0)]
-"""A number a second; `inf` is no limit."""
+"""A number a second; no limit is infinity, in TOML `false`."""
 PeerIdText = Annotated[str, Meta(pattern="^[a-z2-7]{32}\\Z")]
 
 
@@ -42,15 +43,28 @@ class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
 
 
 class HttpConfig(Section, frozen=True):
-    """`[http]`: the port that callers reach. Port 0 lets the system pick one."""
+    """`[http]`: the port that callers reach. Port 0 lets the system pick one.
+
+    Raises ConfigError for `tls = false` with an address that other machines reach.
+    """
 
     host: str = "127.0.0.1"
     port: Port = 0
     announce_host: str | None = None
     """The address written into DHT records; `host` when it is not set."""
+    tls: bool = True
+    """TLS 1.3 with a certificate of the node's own key. Plain HTTP is allowed on loopback only."""
     drain_timeout_s: Seconds = 10.0
     """How long running calls may take to finish after the first Ctrl-C."""
     keepalive_timeout_s: Seconds = 75.0
+
+    def __post_init__(self) -> None:
+        for key, host in (("host", self.host), ("announce_host", self.announce_host)):
+            if not self.tls and host is not None and not is_loopback(host):
+                raise ConfigError(
+                    f"tls = false with {key} = {host!r}: plain HTTP is allowed on loopback only; remove tls = false (a "
+                    f"certificate needs no setting up), or listen on 127.0.0.1"
+                )
 
 
 class LimitsConfig(Section, frozen=True):
@@ -63,15 +77,36 @@ class LimitsConfig(Section, frozen=True):
     """Bytes of all calls of one HTTP exchange together."""
     max_json_bytes: Positive = 16 * 1024 * 1024
     """JSON of one Open Inference Protocol request, tensor values written as JSON included."""
+    max_json_depth: Positive = 32
+    """Arrays and objects inside one another, in any JSON of a call."""
     max_calls_per_exchange: Positive = 1024
     max_tensors: Positive = 256
     """Tensors of one call."""
     max_rank: Positive = 16
     max_connections: Positive = 512
+    """Over it, and over the next three, a connection is closed before the TLS handshake costs anything."""
+    max_source_connections: Positive = 128
+    """Of one IPv4 address or IPv6 /64."""
+    max_handshakes_per_s: Seconds = 100.0
+    """New connections a second, of all callers; after a pause `max_connections` may come at once."""
+    max_source_handshakes_per_s: Seconds = 20.0
+    """The same of one source, after a pause `max_source_connections` at once."""
+    handshake_timeout_s: Seconds = 5.0
+    max_http_head_bytes: Positive = 32 * 1024
+    """Request line and header fields of one HTTP request."""
+    http_head_timeout_s: Seconds = 10.0
+    """How long they may take to arrive, counted from the first byte; on a new connection from its opening."""
     max_inflight_bytes: Positive = 2 * 1024 * 1024 * 1024
     """Tensor bytes of all calls being received or computed, over all callers."""
     idle_read_timeout_s: Seconds = 30.0
     """How long a caller may pause in the middle of a request body."""
+    min_body_bytes_per_s: NonNegative = 4096
+    """How fast a body must come on average once `slow_body_grace_s` of waiting for it are over."""
+    slow_body_grace_s: Seconds = 15.0
+    write_stall_timeout_s: Seconds = 30.0
+    """How long a caller may leave an answer unread."""
+    linger_s: Seconds = 1.0
+    """How long the unread rest of a refused request is read, so that the refusal arrives; then the connection ends."""
     caller_calls_per_s: Rate = 20_000.0
     """Calls of one caller: a peer id, or an address without one (of IPv6 its /64)."""
     caller_bytes_per_s: Rate = 4e9
@@ -261,10 +296,10 @@ class NodeConfig(Section, frozen=True):
         merged = _copy_tree(tree, source)
         for key_path, value in (overrides or {}).items():
             _set_path(merged, key_path, _copy_value(value, source, 1), source)
-        for section, key in (("optimizer", "clip_grad_norm"), ("gate", "outlier_factor")):
+        for section, key, value in _FALSE_MEANS:
             table = merged.get(section)
             if isinstance(table, dict) and table.get(key) is False:
-                table[key] = None  # TOML has no null
+                table[key] = value
         try:
             return msgspec.convert(merged, cls)
         except msgspec.ValidationError as error:
@@ -286,6 +321,16 @@ def parse_toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)  # raises a plain ValueError for a number of thousands of digits
     except RecursionError as error:
         raise ValueError("arrays or tables are nested too deep") from error
+
+
+_FALSE_MEANS: Final[tuple[tuple[str, str, float | None], ...]] = (  # TOML has no null, and infinities are refused
+    ("optimizer", "clip_grad_norm", None),
+    ("gate", "outlier_factor", None),
+    ("limits", "caller_calls_per_s", math.inf),
+    ("limits", "caller_bytes_per_s", math.inf),
+    ("limits", "caller_updates_per_s", math.inf),
+    ("access", "sessions_per_s", math.inf),
+)
 
 
 def parse_host_port(text: str, *, what: str = "address") -> tuple[str, int]:

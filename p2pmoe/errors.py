@@ -15,7 +15,9 @@
         ├── DecodeError             bytes that are no value of the wire format
         │   └── NonFiniteReplyError NaN or infinity where a call asked for numbers
         ├── PeerUnreachableError    nobody answers at that endpoint
-        │   └── BootstrapError      none of the initial peers answered
+        │   ├── BootstrapError      none of the initial peers answered
+        │   ├── PeerIdentityError   whoever answers there cannot prove the expected key
+        │   └── InsecureEndpointError   the record offers only what may not be spoken
         ├── DeadlineError           no answer in time
         ├── ExpertNotFoundError     no live provider of that uid is known
         ├── ExpertsUnavailableError rows of a batch that too few experts answered
@@ -131,6 +133,14 @@ class PeerUnreachableError(RemoteError, ConnectionError):
 
 class BootstrapError(PeerUnreachableError):
     """None of the initial peers answered."""
+
+
+class PeerIdentityError(PeerUnreachableError):
+    """Whoever answers at an endpoint cannot prove the key of the peer that was meant: nothing was sent to it."""
+
+
+class InsecureEndpointError(PeerUnreachableError):
+    """A record offers plain HTTP outside this machine, or TLS without a key to pin: nothing is sent there."""
 
 
 class DeadlineError(RemoteError, TimeoutError):

@@ -184,6 +184,7 @@ class Node:
             handlers,
             config,
             self.config.limits,
+            identity=_started(self._identity) if config.tls else None,
             server_name=self._server_name,
             render_metrics=self.metrics.render,
             doorkeeper=self._doorkeeper,
@@ -192,7 +193,7 @@ class Node:
         parts.push_async_callback(server.close)
         parts.push_async_callback(lambda: server.drain(self._drain_timeout_s))
         public_key = _started(self._identity).public_key
-        self._endpoint = Endpoint(_announced_host(config), server.port, "http", public_key)
+        self._endpoint = Endpoint(_announced_host(config), server.port, "https" if config.tls else "http", public_key)
 
     async def _start_dht(self, parts: contextlib.AsyncExitStack, identity: Identity) -> None:
         config = self.config.dht

@@ -40,7 +40,7 @@ def no_new_threads() -> Iterator[None]:
     assert not left, f"threads left behind: {left}"
 
 
-@pytest.fixture(params=["memory", "http"])
+@pytest.fixture(params=["memory", "https"])
 def carrier(request: pytest.FixtureRequest) -> str:
     """One behaviour test, every network."""
     return str(request.param)

@@ -16,6 +16,7 @@ import p2pmoe
 from p2pmoe.client.directory import StaticDirectory
 from p2pmoe.config import HttpConfig, LimitsConfig
 from p2pmoe.experts.directory import Provider
+from p2pmoe.identity import Identity
 from p2pmoe.metrics import NodeMetrics
 from p2pmoe.protocol.frames import FrameLimits
 from p2pmoe.rpc.base import Doorkeeper
@@ -142,20 +143,25 @@ def open_world(
     network: MemoryNetwork | None = None,
     **swarm_options: Any,
 ) -> Iterator[World]:
-    """Peers by name with their experts, reachable in memory or over HTTP; options are those of `Swarm`."""
+    """Peers by name with their experts, reachable in memory, over plain "http" or over "https".
+
+    Options are those of `Swarm`.
+    """
     network = network or MemoryNetwork()
     with contextlib.ExitStack() as stack:
         peers = {}
         for name, backends in hosts.items():
             peer = _make_peer(name, list(backends), stack)
-            if carrier == "http":
-                peer.endpoint, peer.stop = stack.enter_context(serve_http(peer.handlers, limits))
+            if carrier in ("http", "https"):
+                identity = Identity.generate() if carrier == "https" else None
+                served = serve_http(peer.handlers, limits, identity=identity)
+                peer.endpoint, peer.stop = stack.enter_context(served)
             else:
                 peer.link = network.register(peer.endpoint, peer.handlers, limits=FrameLimits())
                 peer.stop = lambda endpoint=peer.endpoint: network.unregister(endpoint)
             peers[name] = peer
         directory = StaticDirectory(_providers(peers.values()))
-        transport = HttpTransport() if carrier == "http" else MemoryTransport(network)
+        transport = MemoryTransport(network) if carrier == "memory" else HttpTransport()
         swarm = p2pmoe.Swarm(**{"directory": directory, "transport": transport, "timeout_s": WAIT_S} | swarm_options)
         stack.enter_context(swarm)
         yield World(peers, swarm, directory, network)
@@ -189,15 +195,18 @@ def serve_http(
     limits: LimitsConfig | None = None,
     config: HttpConfig | None = None,
     doorkeeper: Doorkeeper | None = None,
+    *,
+    identity: Identity | None = None,
 ) -> Iterator[tuple[Endpoint, Callable[[], None]]]:
-    """An HTTP server in a loop thread of its own; its endpoint and how to stop it early."""
+    """An HTTP server in a loop thread of its own; its endpoint and how to stop it early. With an identity over TLS."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="test-http")
     thread.start()
     server = HttpServer(
         service,
-        config or HttpConfig(),
+        config or HttpConfig(tls=identity is not None),
         limits or LimitsConfig(),
+        identity=identity,
         server_name="test",
         render_metrics=NodeMetrics().render,
         doorkeeper=doorkeeper,
@@ -209,7 +218,8 @@ def serve_http(
     try:
         run(server.start())
         try:
-            yield Endpoint("127.0.0.1", server.port), lambda: run(server.close())
+            scheme, public_key = ("https", identity.public_key) if identity else ("http", None)
+            yield Endpoint("127.0.0.1", server.port, scheme, public_key), lambda: run(server.close())
         finally:
             run(server.close())
     finally:

@@ -25,6 +25,7 @@ import msgspec
 import torch
 
 from p2pmoe.errors import DecodeError, EncodeError
+from p2pmoe.protocol.depth import MAX_JSON_DEPTH
 from p2pmoe.protocol.messages import (
     RequestHeader,
     ResponseHeader,
@@ -52,6 +53,7 @@ class FrameLimits:
     body_bytes: int = 256 * 1024 * 1024
     tensors: int = 256
     rank: int = 16
+    json_depth: int = MAX_JSON_DEPTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +342,7 @@ class FrameReader(Generic[H]):
     def _check_header(self, raw: Buffer, body_bytes: int) -> HeaderReceived[H] | FrameRefused:
         call_id = ""
         try:
-            header = decode_header(self._decoder, raw)
+            header = decode_header(self._decoder, raw, self._limits.json_depth)
             call_id = header.id
             self._sizes = check_sizes(header.tensors, body_bytes, self._limits)
         except DecodeError as error:

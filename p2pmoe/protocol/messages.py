@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from p2pmoe.errors import CallError, DecodeError, call_error
+from p2pmoe.protocol.depth import MAX_JSON_DEPTH, check_json_depth
 from p2pmoe.types import WIRE_VERSION
 
 T = TypeVar("T")
@@ -24,7 +25,6 @@ MAX_DOCUMENT_MEMORY_BYTES: Final = 16 * 1024 * 1024
 """What a document takes at most once it is read, text included."""
 ShortText = Annotated[str, Meta(max_length=256)]
 Size = Annotated[int, Meta(ge=0, le=2**53)]
-MAX_FOREIGN_TEXT = 4096
 
 
 class TensorParameters(msgspec.Struct, omit_defaults=True, frozen=True):
@@ -100,7 +100,7 @@ class ResponseHeader(msgspec.Struct, omit_defaults=True, frozen=True):
     def raise_for_error(self) -> None:
         """Raises the CallError that an error frame stands for."""
         if self.code != 200:
-            message = foreign_text(self.message) or "the node gave no reason"
+            message = self.message or "the node gave no reason"
             raise call_error(self.code, message, self.retry_after_s)
 
 
@@ -113,12 +113,6 @@ def error_header(call_id: str, model_name: str, error: CallError | DecodeError) 
         message=str(error),
         retry_after_s=getattr(error, "retry_after_s", None),
     )
-
-
-def foreign_text(text: str) -> str:
-    """A peer's words, fit for an error message or a log: short, and without what a terminal would obey."""
-    short = text[:MAX_FOREIGN_TEXT]
-    return short if short.isprintable() else "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in short)
 
 
 def new_call_id() -> str:
@@ -139,8 +133,11 @@ request_decoder = msgspec.json.Decoder(RequestHeader)
 response_decoder = msgspec.json.Decoder(ResponseHeader)
 
 
-def decode_header(decoder: msgspec.json.Decoder[T], raw: bytes | bytearray | memoryview) -> T:
+def decode_header(
+    decoder: msgspec.json.Decoder[T], raw: bytes | bytearray | memoryview, max_depth: int = MAX_JSON_DEPTH
+) -> T:
     """A header from a peer's bytes. Raises DecodeError whatever the bytes are."""
+    check_json_depth(raw, max_depth)
     try:
         return decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

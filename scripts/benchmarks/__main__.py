@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from benchmarks import beam, dht, tensor_path
+from benchmarks import beam, dht, tensor_path, tls
 
 
 def emit(**figures: object) -> None:
@@ -17,7 +17,7 @@ def emit(**figures: object) -> None:
 
 def main() -> None:
     tensor_cases = ("nop_latency", "nop_concurrency", "ffn_against_local", "ffn_concurrency", "mixture", "memory")
-    cases = (*tensor_cases, "dht", "beam")
+    cases = (*tensor_cases, "tls", "dht", "beam")
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Example: scripts/bench mixture --repeats 5")
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"any of {', '.join(cases)}; all by default")
     parser.add_argument("--repeats", type=int, default=5)
@@ -32,6 +32,9 @@ def main() -> None:
         if case in {"dht", "beam"}:
             measure = dht.dht if case == "dht" else beam.beam
             measure(emit, options.repeats, options.hivemind_python)
+            continue
+        if case == "tls":
+            tls.tls(emit, options.repeats, options.device)
             continue
         extra = {"hivemind": options.hivemind_python} if case == "nop_concurrency" else {}
         getattr(tensor_path, case)(emit, options.repeats, options.device, **extra)

@@ -1,7 +1,7 @@
 """A server process for the benchmarks: `python -m benchmarks.server JSON`. Prints one JSON line when it serves.
 
 The JSON says which experts: {"experts": {"uid": ["kind", hidden_dim]}, "optimizer": "none" | "sgd" | "adam",
-"max_batch_size": 4096}. Ends when its standard input is closed.
+"max_batch_size": 4096, "tls": false}. Ends when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ async def serve(spec: dict[str, Any], import_bytes: int) -> None:
                 max_batch_size=spec.get("max_batch_size", 4096),
             )
         )
-    async with p2pmoe.Node(p2pmoe.NodeConfig(), backends=backends) as node:
+    # Figures of different versions are compared over plain HTTP; the case `tls` measures what TLS adds.
+    config = p2pmoe.NodeConfig.from_tree({"http": {"tls": spec.get("tls", False)}})
+    async with p2pmoe.Node(config, backends=backends) as node:
         told = {
             "dht_address": node.dht_address,
             "host": node.endpoint.host,

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,10 @@ def taken_port() -> Iterator[int]:
 
 def hold_a_request(endpoint: str) -> socket.socket:
     """A request that the node has begun to read and that never ends: draining has to wait for it."""
-    connection = socket.create_connection(parse_host_port(endpoint.removeprefix("http://")), timeout=10)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    raw = socket.create_connection(parse_host_port(endpoint.removeprefix("https://")), timeout=10)
+    connection = context.wrap_socket(raw)
     connection.sendall(
         b"POST /p2pmoe/v1/exchange HTTP/1.1\r\nHost: node\r\nContent-Length: 8\r\nExpect: 100-continue\r\n\r\n"
     )

@@ -74,7 +74,7 @@ async def test_a_node_says_who_and_where_it_is() -> None:
         assert len(node.peer_id) == 32
         host, _, port = node.dht_address.rpartition(":")
         assert (host, int(port) > 0) == ("127.0.0.1", True)
-        assert node.endpoint.url.startswith("http://127.0.0.1:")
+        assert node.endpoint.url.startswith("https://127.0.0.1:")
         assert node.endpoint.public_key is not None
         assert "1 experts" in repr(node)
     await node.close()

@@ -172,7 +172,7 @@ def test_lists_of_peers_take_peer_ids(key: str, value: str) -> None:
 
 
 def test_a_rate_may_be_infinite_and_never_zero() -> None:
-    assert NodeConfig.parse("[limits]\ncaller_calls_per_s = inf").limits.caller_calls_per_s == float("inf")
+    assert NodeConfig.parse("[limits]\ncaller_calls_per_s = false").limits.caller_calls_per_s == float("inf")
     for value in ("0", "-1.0"):
         with pytest.raises(ConfigError, match="caller_calls_per_s"):
             NodeConfig.parse(f"[limits]\ncaller_calls_per_s = {value}")

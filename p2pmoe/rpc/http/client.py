@@ -26,6 +26,7 @@ from p2pmoe.rpc.http.documents import (
     refusal,
     unreachable,
 )
+from p2pmoe.rpc.http.tls import Pins
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 _EXCHANGE_PATH = f"/p2pmoe/v{WIRE_VERSION}/exchange"
@@ -78,6 +79,7 @@ class HttpTransport:
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
         self._session: aiohttp.ClientSession | None = None
         self._posts: dict[Endpoint, DirectPost] = {}
+        self._pins = Pins()
         self._sessions = ClientSessions(identity, swarm_key, self._post_document, clock=time.monotonic)
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -111,7 +113,7 @@ class HttpTransport:
 
     async def get_json(self, endpoint: Endpoint, path: str) -> Any:
         """See `Transport.get_json`."""
-        return await fetch_json(self._open(), endpoint, path)
+        return await fetch_json(self._open(), self._pins, endpoint, path)
 
     async def close(self) -> None:
         """See `Transport.close`."""
@@ -129,7 +131,7 @@ class HttpTransport:
         return self._session
 
     async def _post_document(self, endpoint: Endpoint, path: str, body: bytes) -> bytes:
-        return await post_document(self._open(), endpoint, path, body)
+        return await post_document(self._open(), self._pins, endpoint, path, body)
 
     async def _call(self, endpoint: Endpoint, frames: Sequence[EncodedFrame]) -> _Response:
         authorization = await self._sessions.authorize(endpoint)
@@ -166,9 +168,10 @@ class HttpTransport:
     ) -> _Response:
         session = self._open()
         if nbytes > _DIRECT_BYTES:
-            url = URL(endpoint.url + _EXCHANGE_PATH)
+            url, context = URL(endpoint.url + _EXCHANGE_PATH), self._pins.context_for(endpoint)
             headers = None if authorization is None else {hdrs.AUTHORIZATION: authorization}
-            return await session.post(url, data=FramesPayload(frames), headers=headers, allow_redirects=False)
+            payload = FramesPayload(frames)
+            return await session.post(url, data=payload, headers=headers, ssl=context, allow_redirects=False)
         post = self._posts.get(endpoint) or self._prepare(session, endpoint)
         return await post.send(chain.from_iterable(frame.buffers for frame in frames), nbytes, authorization)
 
@@ -179,6 +182,7 @@ class HttpTransport:
         post = self._posts[endpoint] = DirectPost(
             session.connector,
             URL(endpoint.url + _EXCHANGE_PATH),
+            context=self._pins.context_for(endpoint),
             headers=[(hdrs.CONTENT_TYPE, "application/octet-stream"), (WIRE_VERSION_HEADER, str(WIRE_VERSION))],
             timeout=self._timeout,
             read_bufsize=_READ_BYTES,

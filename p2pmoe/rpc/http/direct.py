@@ -7,6 +7,7 @@ wire (docs/benchmarks.md); all of those exist for what an exchange never has: co
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Iterable
 from typing import Final
 
@@ -58,6 +59,7 @@ class DirectPost:
     Args:
         connector: whose connections are used and pooled.
         url: where to.
+        context: the TLS that pins the peer, or what the library takes for plain HTTP.
         headers: of every request, `Host` and `Content-Length` excepted. ASCII, no line ends.
         timeout: for connecting; reading is the caller's to bound.
         read_bufsize: bytes of a body that are read ahead.
@@ -68,6 +70,7 @@ class DirectPost:
         connector: aiohttp.BaseConnector,
         url: URL,
         *,
+        context: ssl.SSLContext | bool,
         headers: Iterable[tuple[str, str]],
         timeout: aiohttp.ClientTimeout,
         read_bufsize: int,
@@ -77,7 +80,7 @@ class DirectPost:
         self._read_bufsize = read_bufsize
         self._url = url
         # Says to the pool whose connection is wanted; it is never sent.
-        self._request = aiohttp.ClientRequest(hdrs.METH_POST, url, loop=asyncio.get_running_loop())
+        self._request = aiohttp.ClientRequest(hdrs.METH_POST, url, loop=asyncio.get_running_loop(), ssl=context)
         lines = [f"POST {url.raw_path_qs} HTTP/1.1", f"Host: {url.raw_authority}"]
         lines += [f"{name}: {value}" for name, value in headers]
         self._head = ("\r\n".join(lines) + "\r\n").encode("ascii")

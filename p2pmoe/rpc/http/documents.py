@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
@@ -11,8 +12,9 @@ import aiohttp
 from aiohttp import hdrs
 from yarl import URL
 
-from p2pmoe.errors import DecodeError, PeerUnreachableError, call_error
-from p2pmoe.protocol.messages import MAX_DOCUMENT_BYTES, decode_document, foreign_text
+from p2pmoe.errors import DecodeError, PeerIdentityError, PeerUnreachableError, call_error
+from p2pmoe.protocol.messages import MAX_DOCUMENT_BYTES, decode_document
+from p2pmoe.rpc.http.tls import CertificateRefused, Pins
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 WIRE_VERSION_HEADER: Final = "P2PMoE-Wire-Version"
@@ -48,10 +50,11 @@ def open_session(timeout: aiohttp.ClientTimeout, **options: Any) -> aiohttp.Clie
     )
 
 
-async def fetch_json(session: aiohttp.ClientSession, endpoint: Endpoint, path: str) -> Any:
+async def fetch_json(session: aiohttp.ClientSession, pins: Pins, endpoint: Endpoint, path: str) -> Any:
     """A JSON document of the node. Raises PeerUnreachableError, CallError, DecodeError."""
+    context = pins.context_for(endpoint)
     try:
-        async with session.get(URL(endpoint.url + path), allow_redirects=False) as response:
+        async with session.get(URL(endpoint.url + path), ssl=context, allow_redirects=False) as response:
             if response.status != 200:
                 raise await refusal(response)
             body = await _read_document(response)
@@ -63,10 +66,13 @@ async def fetch_json(session: aiohttp.ClientSession, endpoint: Endpoint, path: s
         raise DecodeError(f"{endpoint}{path}: {error}", code=error.code) from error
 
 
-async def post_document(session: aiohttp.ClientSession, endpoint: Endpoint, path: str, body: bytes) -> bytes:
+async def post_document(
+    session: aiohttp.ClientSession, pins: Pins, endpoint: Endpoint, path: str, body: bytes
+) -> bytes:
     """The answer to a small body. Raises PeerUnreachableError, CallError, DecodeError."""
+    context = pins.context_for(endpoint)
     try:
-        async with session.post(URL(endpoint.url + path), data=body, allow_redirects=False) as response:
+        async with session.post(URL(endpoint.url + path), data=body, ssl=context, allow_redirects=False) as response:
             if response.status != 200:
                 raise await refusal(response)
             return await _read_document(response)
@@ -80,6 +86,7 @@ class HttpDocuments:
     def __init__(self, *, timeout_s: float = 5.0) -> None:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._session: aiohttp.ClientSession | None = None
+        self._pins = Pins()
 
     def __repr__(self) -> str:
         return f"<HttpDocuments: {'closed' if self._session is None else 'open'}>"
@@ -88,7 +95,7 @@ class HttpDocuments:
         """See `Transport.get_json`."""
         if self._session is None:
             self._session = open_session(self._timeout)
-        return await fetch_json(self._session, endpoint, path)
+        return await fetch_json(self._session, self._pins, endpoint, path)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -117,9 +124,9 @@ async def _read_document(response: Response) -> bytes:
 async def refusal(response: Response) -> Exception:
     """The CallError for a status that refuses a request as a whole."""
     try:
-        message = foreign_text(str(decode_document(await _read_document(response))["error"]))
+        message = str(decode_document(await _read_document(response))["error"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        message = f"{response.url} answered {response.status} {foreign_text(response.reason or '')}"
+        message = f"{response.url} answered {response.status} {response.reason or ''}"
     retry_after = response.headers.get(hdrs.RETRY_AFTER, "")
     return call_error(
         response.status, message, float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
@@ -128,7 +135,13 @@ async def refusal(response: Response) -> Exception:
 
 def unreachable(endpoint: Endpoint, error: BaseException) -> PeerUnreachableError:
     """The error of ours for one of the HTTP library's."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        refused = error.certificate_error
+        if isinstance(refused, CertificateRefused):
+            return PeerIdentityError(f"{endpoint} was not called: {refused.error}")
     reason = str(error) or type(error).__name__
     if isinstance(error, asyncio.TimeoutError):
         reason = f"no answer in time ({reason})"
+    elif isinstance(error, ssl.SSLError):
+        reason = f"no TLS 1.3 there ({reason})"
     return PeerUnreachableError(f"{endpoint} cannot be reached: {reason}; is the node up and its port open?")

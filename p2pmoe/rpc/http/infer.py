@@ -7,7 +7,6 @@ Source: KServe "Open Inference Protocol v2, HTTP/REST" and the binary tensor dat
 
 from __future__ import annotations
 
-import asyncio
 import math
 
 import msgspec
@@ -27,6 +26,7 @@ from p2pmoe.protocol.messages import (
 )
 from p2pmoe.rpc.base import Flat, Service
 from p2pmoe.rpc.exchange import ByteBudget, check_wire_version
+from p2pmoe.rpc.http.pace import PacedBody
 from p2pmoe.types import Caller
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
@@ -43,9 +43,8 @@ async def infer(
     """Answer one request. Raises CallError or DecodeError for what is refused."""
     body = _Body(request, limits, frame_limits, budget)
     try:
-        header = msgspec.structs.replace(
-            decode_header(request_decoder, await body.read_json()), model_name=request.match_info["uid"]
-        )
+        decoded = decode_header(request_decoder, await body.read_json(), frame_limits.json_depth)
+        header = msgspec.structs.replace(decoded, model_name=request.match_info["uid"])
         check_wire_version(header)
         order = _order_of_inputs(header.inputs)
         service.admit(msgspec.structs.replace(header, inputs=tuple(header.inputs[index] for index in order)), caller)
@@ -76,7 +75,7 @@ class _Body:
     def __init__(
         self, request: web.Request, limits: LimitsConfig, frame_limits: FrameLimits, budget: ByteBudget
     ) -> None:
-        self._content = request.content
+        self._body = PacedBody(request.content, limits)
         self._limits = limits
         self.frame_limits = frame_limits
         self._json_bytes = _json_length(request)
@@ -102,7 +101,7 @@ class _Body:
             raise TooLargeError(f"JSON of {self._json_bytes} bytes is over the limit of {limit}; send binary tensors")
         text = bytearray()
         while self._json_bytes is None or len(text) < self._json_bytes:
-            chunk = await self._read()
+            chunk = await self._body.read()
             if not chunk:
                 break
             self.hold(len(chunk))
@@ -134,7 +133,7 @@ class _Body:
             taken = sink.write(memoryview(chunk))
             if taken < len(chunk):
                 break
-            if not sink.full and not (chunk := await self._read()):
+            if not sink.full and not (chunk := await self._body.read()):
                 raise BadRequestError("the body ends before the last tensor; it was truncated")
         await self._expect_end(len(chunk), taken)
         filled = iter(sink.tensors())
@@ -146,15 +145,8 @@ class _Body:
         ]
 
     async def _expect_end(self, available: int, taken: int) -> None:
-        if available > taken or await self._read():
+        if available > taken or await self._body.read():
             raise BadRequestError("the body goes on after the last tensor; check binary_data_size")
-
-    async def _read(self) -> bytes:
-        try:
-            async with asyncio.timeout(self._limits.idle_read_timeout_s):
-                return await self._content.readany()
-        except TimeoutError:
-            raise BadRequestError(f"no data for {self._limits.idle_read_timeout_s} s in the middle of a body") from None
 
 
 def _json_length(request: web.Request) -> int | None:

@@ -10,7 +10,6 @@ import errno
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
@@ -20,34 +19,49 @@ from p2pmoe.errors import (
     BadRequestError,
     CallError,
     DecodeError,
-    OverloadedError,
     TooLargeError,
     WireVersionError,
 )
+from p2pmoe.identity import Identity
+from p2pmoe.identity.certificate import CertificateSource
 from p2pmoe.protocol.frames import EncodedFrame, FrameLimits
 from p2pmoe.protocol.messages import version_mismatch
 from p2pmoe.rpc.base import Doorkeeper, Service
 from p2pmoe.rpc.budget import SharedBudget
 from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
+from p2pmoe.rpc.http.admission import Admission, Ticket
 from p2pmoe.rpc.http.client import write_frames
+from p2pmoe.rpc.http.connection import Connection, ConnectionWatch
 from p2pmoe.rpc.http.direct import JOIN_BYTES
 from p2pmoe.rpc.http.documents import WIRE_VERSION_HEADER
 from p2pmoe.rpc.http.infer import infer
-from p2pmoe.rpc.http.sessions import SAFE_HEADERS, Door
+from p2pmoe.rpc.http.listener import Listener
+from p2pmoe.rpc.http.pace import PacedBody
+from p2pmoe.rpc.http.responses import SAFE_HEADERS, error_response, json_response
+from p2pmoe.rpc.http.sessions import Door
+from p2pmoe.rpc.http.tls import server_context
 from p2pmoe.types import WIRE_VERSION, Caller
 
 _READ_BYTES = 1024 * 1024
 _GATHER_S = 0.002
+_RENEWAL_CHECK_S = 60.0
+_MAX_FIELD_BYTES = 8190  # of the request line and of each header field
+_MAX_FIELDS = 64
 _FRAMES_HEADERS: CIMultiDict[str] = CIMultiDict({hdrs.CONTENT_TYPE: "application/octet-stream"})
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def frame_limits(limits: LimitsConfig) -> FrameLimits:
-    return FrameLimits(limits.max_header_bytes, limits.max_body_bytes, limits.max_tensors, limits.max_rank)
+    return FrameLimits(
+        limits.max_header_bytes, limits.max_body_bytes, limits.max_tensors, limits.max_rank, limits.max_json_depth
+    )
 
 
 class HttpServer:
-    """A listening HTTP service. `start()` and `close()` belong to one event loop."""
+    """A listening HTTP service. `start()` and `close()` belong to one event loop.
+
+    `identity` is the key that it proves to callers over TLS; without one it speaks plain HTTP.
+    """
 
     def __init__(
         self,
@@ -55,6 +69,7 @@ class HttpServer:
         config: HttpConfig,
         limits: LimitsConfig,
         *,
+        identity: Identity | None = None,
         server_name: str,
         render_metrics: Callable[[], tuple[bytes, str]],
         doorkeeper: Doorkeeper | None = None,
@@ -64,10 +79,21 @@ class HttpServer:
         self._limits = limits
         self._frame_limits = frame_limits(limits)
         self._budget = SharedBudget(limits.max_inflight_bytes)
+        self._certificate = CertificateSource(identity, server_context()) if identity else None
         self._server_name = server_name
         self._render_metrics = render_metrics
         self._door = Door(doorkeeper, read_timeout_s=limits.idle_read_timeout_s)
         self._runner: web.AppRunner | None = None
+        self._watch = ConnectionWatch(limits)
+        self.admission = Admission(limits)
+        self._listener = Listener(
+            self._make_connection,
+            self.admission,
+            context=self._certificate.context if self._certificate else None,
+            handshake_timeout_s=limits.handshake_timeout_s,
+            shutdown_timeout_s=limits.handshake_timeout_s,
+        )
+        self._renewal: asyncio.TimerHandle | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self.port = 0
 
@@ -80,21 +106,17 @@ class HttpServer:
         app.add_routes(self._routes())
         self._runner = web.AppRunner(
             app,
-            access_log=None,
             handler_cancellation=True,  # a caller that is gone must not occupy the queue
-            keepalive_timeout=self._config.keepalive_timeout_s,
-            auto_decompress=False,  # nobody needs compressed tensors, and a bomb would pass the limits
-            read_bufsize=_READ_BYTES,
             shutdown_timeout=1.0,
         )
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._config.host, self._config.port, reuse_address=True)
         try:
-            await site.start()
+            self.port = await self._listener.start(self._config.host, self._config.port)
         except OSError as error:
             await self._runner.cleanup()
             raise _listen_error(self._config, error) from error
-        self.port = self._runner.addresses[0][1]
+        self._watch.start()
+        self._renew_certificate()
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until running requests are answered, at most `timeout_s`."""
@@ -103,9 +125,39 @@ class HttpServer:
 
     async def close(self) -> None:
         """Stop listening and close every connection."""
+        await self._listener.close()
+        if self._renewal is not None:
+            self._renewal.cancel()
+        self._watch.stop()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+
+    # -- connections
+
+    def _make_connection(self, ticket: Ticket) -> Connection:
+        assert self._runner is not None and self._runner.server is not None
+        limits = self._limits
+        field_bytes = min(_MAX_FIELD_BYTES, limits.max_http_head_bytes)
+        return Connection(
+            self._runner.server,
+            self._watch,
+            ticket,
+            access_log=None,
+            keepalive_timeout=self._config.keepalive_timeout_s,
+            max_line_size=field_bytes,
+            max_field_size=field_bytes,
+            max_headers=_MAX_FIELDS,
+            lingering_time=limits.linger_s,
+            auto_decompress=False,  # nobody needs compressed tensors, and a bomb would pass the limits
+            read_bufsize=_READ_BYTES,
+        )
+
+    def _renew_certificate(self) -> None:
+        # By the wall clock and often: a laptop sleeps, and a clock may be set right long after the start.
+        if self._certificate is not None:
+            self._certificate.renew_if_due()
+            self._renewal = asyncio.get_running_loop().call_later(_RENEWAL_CHECK_S, self._renew_certificate)
 
     # -- routes
 
@@ -137,23 +189,21 @@ class HttpServer:
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
+        connection = request.protocol
+        assert isinstance(connection, Connection)
+        connection.begin_request(request.content)
         try:
-            self._check_connections()
             self._check_version(request)
             if request.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
                 raise BadRequestError("compressed bodies are not read; send it without Content-Encoding")
             return await handler(request)
         except (CallError, DecodeError) as error:
-            return _error_response(error)
+            return error_response(error)
         except web.HTTPException as error:
-            return _json({"error": f"{request.method} {request.path}: {error.reason}"}, error.status)
+            return json_response({"error": f"{request.method} {request.path}: {error.reason}"}, error.status)
         finally:
+            connection.end_request()
             self._running.discard(task)
-
-    def _check_connections(self) -> None:
-        server = self._runner.server if self._runner is not None else None
-        if server is not None and len(server.connections) > self._limits.max_connections:
-            raise OverloadedError(f"more than {self._limits.max_connections} connections are open; try again soon")
 
     def _check_version(self, request: web.Request) -> None:
         asked = request.match_info.get("version", f"v{WIRE_VERSION}")[1:]
@@ -179,29 +229,29 @@ class HttpServer:
         )
 
     async def _experts(self, request: web.Request) -> web.Response:
-        return _json({"experts": self._service.experts()})
+        return json_response({"experts": self._service.experts()})
 
     async def _expert(self, request: web.Request) -> web.Response:
-        return _json(self._service.expert(request.match_info["uid"]))
+        return json_response(self._service.expert(request.match_info["uid"]))
 
     async def _server_metadata(self, request: web.Request) -> web.Response:
-        return _json({"name": "p2pmoe", "version": self._server_name, "extensions": ["binary_tensor_data"]})
+        return json_response({"name": "p2pmoe", "version": self._server_name, "extensions": ["binary_tensor_data"]})
 
     async def _live(self, request: web.Request) -> web.Response:
-        return _json({"live": True})
+        return json_response({"live": True})
 
     async def _ready(self, request: web.Request) -> web.Response:
         ready = not self._service.draining and await self._service.ready()
-        return _json({"ready": ready}, 200 if ready else 503)
+        return json_response({"ready": ready}, 200 if ready else 503)
 
     async def _model_metadata(self, request: web.Request) -> web.Response:
-        return _json(self._service.expert(request.match_info["uid"])["oip"])
+        return json_response(self._service.expert(request.match_info["uid"])["oip"])
 
     async def _model_ready(self, request: web.Request) -> web.Response:
         uid = request.match_info["uid"]
         self._service.expert(uid)
         ready = not self._service.draining
-        return _json({"name": uid, "ready": ready}, 200 if ready else 503)
+        return json_response({"name": uid, "ready": ready}, 200 if ready else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         self._door.check_admin(request)
@@ -256,17 +306,14 @@ class _Exchange:
 
     async def _read_calls(self) -> None:
         content, limits = self._request.content, self._limits
-        received = 0
+        body = PacedBody(content, limits)
         while not self._calls.broken:
             try:
-                # A body that has arrived whole needs no timer.
-                chunk = await (content.readany() if content.is_eof() else self._read_in_time())
-            except TimeoutError:
-                pause = f"no data for {limits.idle_read_timeout_s} s in the middle of an exchange"
-                self._calls.break_off(BadRequestError(pause))
+                chunk = await body.read()
+            except BadRequestError as error:
+                self._calls.break_off(error)
                 return
-            received += len(chunk)
-            if received > limits.max_exchange_bytes:
+            if body.received > limits.max_exchange_bytes:
                 too_large = f"the exchange is over the limit of {limits.max_exchange_bytes} bytes; split it"
                 self._calls.break_off(TooLargeError(too_large))
                 return
@@ -275,10 +322,6 @@ class _Exchange:
             if content.at_eof():
                 self._calls.feed_eof()
                 return
-
-    async def _read_in_time(self) -> bytes:
-        async with asyncio.timeout(self._limits.idle_read_timeout_s):
-            return await self._request.content.readany()
 
     @property
     def _complete(self) -> bool:
@@ -332,23 +375,6 @@ class _Exchange:
             response.enable_chunked_encoding()
         await response.prepare(self._request)
         return response
-
-
-def _json(document: Any, status: int = 200) -> web.Response:
-    body = msgspec.json.encode(document)
-    return web.Response(body=body, status=status, content_type="application/json", headers=SAFE_HEADERS)
-
-
-def _error_response(error: CallError | DecodeError) -> web.Response:
-    response = _json({"error": str(error), "code": error.code, "message": str(error)}, error.code)
-    if error.code == 426:
-        response.headers[hdrs.UPGRADE] = f"p2pmoe/{WIRE_VERSION}"
-    if error.code == 401:
-        response.headers[hdrs.WWW_AUTHENTICATE] = 'Bearer realm="p2pmoe"'
-    if error.code in (429, 503):
-        response.headers[hdrs.RETRY_AFTER] = str(max(1, round(getattr(error, "retry_after_s", None) or 1)))
-    response.force_close()  # the request's body may be unread
-    return response
 
 
 def _listen_error(config: HttpConfig, error: OSError) -> AddressInUseError:

@@ -7,33 +7,19 @@ carries one has passed a proxy, so that its address says nothing of where it com
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
-import msgspec
 from aiohttp import hdrs, web
-from multidict import CIMultiDict
 
 from p2pmoe.errors import AuthenticationError, BadRequestError, TooLargeError
 from p2pmoe.protocol.sessions import MAX_SESSION_BYTES, decode, request_decoder
 from p2pmoe.rpc.base import Doorkeeper
-from p2pmoe.types import WIRE_VERSION, Caller
+from p2pmoe.rpc.http.responses import json_response
+from p2pmoe.types import WIRE_VERSION, Caller, is_loopback
 
 NONCE_PATH: Final = f"/p2pmoe/v{WIRE_VERSION}/session/nonce"
 SESSION_PATH: Final = f"/p2pmoe/v{WIRE_VERSION}/session"
 
-SAFE_HEADERS: Final[CIMultiDict[str]] = CIMultiDict(
-    {
-        # Documents are for programs; a browser that is led here must not run, frame, guess or keep anything.
-        "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-        "X-Content-Type-Options": "nosniff",
-        "X-Frame-Options": "DENY",
-        "Referrer-Policy": "no-referrer",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        hdrs.CACHE_CONTROL: "no-store",
-    }
-)
 _FORWARDED: Final = (
     hdrs.FORWARDED,
     hdrs.X_FORWARDED_FOR,
@@ -76,12 +62,12 @@ class Door:
 
     async def _make_nonce(self, request: web.Request) -> web.Response:
         assert self._doorkeeper is not None
-        return _json(self._doorkeeper.make_nonce(request.remote or ""))
+        return json_response(self._doorkeeper.make_nonce(request.remote or ""))
 
     async def _open_session(self, request: web.Request) -> web.Response:
         assert self._doorkeeper is not None
         body = await self._read(request)
-        return _json(self._doorkeeper.open_session(decode(request_decoder, body), request.remote or ""))
+        return json_response(self._doorkeeper.open_session(decode(request_decoder, body), request.remote or ""))
 
     async def _read(self, request: web.Request) -> bytes:
         body = bytearray()
@@ -96,11 +82,6 @@ class Door:
         return bytes(body)
 
 
-def _json(document: Any) -> web.Response:
-    body = msgspec.json.encode(document)
-    return web.Response(body=body, content_type="application/json", headers=SAFE_HEADERS)
-
-
 def _is_local(request: web.Request) -> bool:
     """Whether the request was made on this machine, for this machine, by nobody else's order."""
     if any(name in request.headers for name in _FORWARDED):
@@ -108,15 +89,4 @@ def _is_local(request: web.Request) -> bool:
     # A foreign page whose name points at 127.0.0.1 makes the browser call us under that name.
     host = request.headers.get(hdrs.HOST, "").rpartition("@")[2]
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-    return is_loopback(request.remote or "") and (name.lower() == "localhost" or is_loopback(name.strip("[]")))
-
-
-@lru_cache(maxsize=1024)
-def is_loopback(address: str) -> bool:
-    """Whether a literal address is one of this machine's own."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    mapped = getattr(ip, "ipv4_mapped", None)
-    return (mapped or ip).is_loopback
+    return is_loopback(request.remote or "") and is_loopback(name.strip("[]"))

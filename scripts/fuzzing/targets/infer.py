@@ -33,6 +33,9 @@ class _Content:
     def __init__(self, pieces: list[bytes]) -> None:
         self._pieces = pieces[::-1]
 
+    def is_eof(self) -> bool:
+        return True  # all has arrived: no timers
+
     async def readany(self) -> bytes:
         return self._pieces.pop() if self._pieces else b""
 

@@ -10,6 +10,7 @@ from swarm_kit import WAIT_S, Gate, make_backend, open_world, run_threads
 
 import p2pmoe
 from p2pmoe.client.exchange import CallGroup, make_call
+from p2pmoe.config import LimitsConfig
 
 
 def forward(expert: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +69,8 @@ def test_a_caller_that_left_keeps_nobody_from_waking() -> None:
     """Calls that are given up at once: their bells are rung when nobody listens any more."""
     x, stop = torch.ones(1, 4), threading.Event()
     protos = (p2pmoe.BatchTensorProto(4),)
-    with open_world({"alice": [make_backend("ffn.0")]}, carrier="http") as world:
+    many = LimitsConfig(max_handshakes_per_s=1e6, max_source_handshakes_per_s=1e6, max_source_connections=4096)
+    with open_world({"alice": [make_backend("ffn.0")]}, carrier="http", limits=many) as world:
         expert = world.swarm.expert("ffn.0")
         forward(expert, x)
 

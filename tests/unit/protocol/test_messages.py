@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pmoe.errors import DecodeError, OverloadedError, UnknownExpertError
+from p2pmoe.errors import MAX_MESSAGE_CHARS, DecodeError, OverloadedError, UnknownExpertError
 from p2pmoe.protocol.messages import (
-    MAX_FOREIGN_TEXT,
     RequestHeader,
     RequestParameters,
     ResponseHeader,
@@ -70,8 +69,8 @@ def test_a_peers_words_are_short_and_harmless_to_a_terminal() -> None:
     with pytest.raises(UnknownExpertError) as caught:
         ResponseHeader(code=404, message="\x1b]0;owned\x07 gone\nsecond line\u202e" + "x" * 9999).raise_for_error()
     message = str(caught.value)
-    assert message.startswith("\ufffd]0;owned\ufffd gone\nsecond line\ufffdxxx")
-    assert len(message) == MAX_FOREIGN_TEXT
+    assert message.startswith("\ufffd]0;owned\ufffd gone\ufffdsecond line\ufffdxxx")
+    assert len(message) == MAX_MESSAGE_CHARS
 
 
 def test_call_ids_are_128_random_bits() -> None:

@@ -196,7 +196,9 @@ async def test_a_connection_that_was_closed_meanwhile_is_opened_again(serve: Any
         assert frame.header.id == "a"
 
 
-@pytest.mark.parametrize("endpoint", [Endpoint("127.0.0.1", 1), Endpoint("no.such.host.invalid", 80)])
+@pytest.mark.parametrize(
+    "endpoint", [Endpoint("127.0.0.1", 1), Endpoint("no.such.host.invalid", 80, "https", bytes(32))]
+)
 async def test_nobody_there(transport: HttpTransport, endpoint: Endpoint) -> None:
     with pytest.raises(PeerUnreachableError, match="is the node up"):
         await exchange(transport, endpoint)

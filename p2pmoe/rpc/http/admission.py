@@ -1,0 +1,142 @@
+"""Who may open a connection: counts and rates, kept before a handshake costs anything. No I/O.
+
+Rules, in this order; the first one broken refuses the connection with OverloadedError:
+
+1. `max_connections` are open at most, handshakes under way included.
+2. `max_source_connections` of them come from one source.
+3. New ones come at `max_source_handshakes_per_s` from one source, `max_handshakes_per_s` from all; as many as rules 1
+   and 2 allow may come at once after a pause, so that a caller can open its pool.
+
+A source is an IPv4 address or an IPv6 network of 64 bits: a home has as many addresses in it as it likes.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final
+
+from p2pmoe.config import LimitsConfig
+from p2pmoe.errors import OverloadedError
+
+MAX_REMEMBERED_SOURCES: Final = 4096
+
+
+def source_of(host: str) -> str:
+    """What is counted together with this numeric address."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
+class Bucket:
+    """Tokens that come at a rate, at most `burst` of them."""
+
+    __slots__ = ("_burst", "_rate", "_tokens", "_updated")
+
+    def __init__(self, rate_per_s: float, burst: float, now: float) -> None:
+        self._rate, self._burst = rate_per_s, burst
+        self._tokens, self._updated = burst, now
+
+    def __repr__(self) -> str:
+        return f"<Bucket: {self._tokens:.1f} of {self._burst:.0f}>"
+
+    def take(self, now: float) -> bool:
+        """One token, if there is one."""
+        elapsed = max(0.0, now - self._updated)
+        self._tokens = min(self._burst, self._tokens + elapsed * self._rate)
+        self._updated = now
+        if self._tokens < 1.0:
+            return False
+        self._tokens -= 1.0
+        return True
+
+
+class Ticket:
+    """The right to one open connection."""
+
+    __slots__ = ("_admission", "_source")
+
+    def __init__(self, admission: Admission, source: str) -> None:
+        self._admission: Admission | None = admission
+        self._source = source
+
+    def __repr__(self) -> str:
+        return f"<Ticket of {self._source}>"
+
+    def give_back(self) -> None:
+        """The connection is closed, or never came to be. Safe to call twice."""
+        admission, self._admission = self._admission, None
+        if admission is not None:
+            admission.leave(self._source)
+
+
+class Admission:
+    """Counts connections by source. Belongs to one event loop."""
+
+    def __init__(self, limits: LimitsConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits, self._clock = limits, clock
+        self._open: dict[str, int] = {}
+        self._total = 0
+        self._all = Bucket(limits.max_handshakes_per_s, max(1, limits.max_connections), clock())
+        self._sources: OrderedDict[str, Bucket] = OrderedDict()
+        self.refused = 0
+
+    def __repr__(self) -> str:
+        return f"<Admission: {self._total} connections of {len(self._open)} sources, {self.refused} refused>"
+
+    @property
+    def connections(self) -> int:
+        """Open ones, handshakes under way included."""
+        return self._total
+
+    def enter(self, host: str) -> Ticket:
+        """Let a new connection from this address in. Raises OverloadedError."""
+        source = source_of(host)
+        refusal = self._refusal(source, self._clock())
+        if refusal is not None:
+            self.refused += 1
+            raise OverloadedError(refusal)
+        self._open[source] = self._open.get(source, 0) + 1
+        self._total += 1
+        return Ticket(self, source)
+
+    def leave(self, source: str) -> None:
+        """For `Ticket`."""
+        self._total -= 1
+        self._open[source] -= 1
+        if not self._open[source]:
+            del self._open[source]
+
+    def _refusal(self, source: str, now: float) -> str | None:
+        limits, held = self._limits, self._open.get(source, 0)
+        if self._total >= limits.max_connections:
+            return f"{self._total} connections are open, limits.max_connections allows no more"
+        if held >= limits.max_source_connections:
+            return f"{source} has {held} connections open, limits.max_source_connections allows no more"
+        if not self._bucket(source, now).take(now):
+            return f"{source} opens over limits.max_source_handshakes_per_s connections a second"
+        if not self._all.take(now):
+            return "over limits.max_handshakes_per_s connections are opened a second"
+        return None
+
+    def _bucket(self, source: str, now: float) -> Bucket:
+        bucket = self._sources.get(source)
+        if bucket is None:
+            limits = self._limits
+            bucket = Bucket(limits.max_source_handshakes_per_s, max(1, limits.max_source_connections), now)
+            self._sources[source] = bucket
+            if len(self._sources) > MAX_REMEMBERED_SOURCES:
+                # Whoever has that many networks is bounded by the rate of all.
+                self._sources.popitem(last=False)
+        else:
+            self._sources.move_to_end(source)
+        return bucket

@@ -1,0 +1,182 @@
+"""One caller's connection: aiohttp's protocol with deadlines of our own, and the watch that enforces them.
+
+aiohttp bounds the pause between two requests, but neither the time nor the whole size of a request's head, nor how long
+a caller may leave an answer unread. Both times are kept here as plain numbers that one timer for all looks at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, cast
+
+from aiohttp import StreamReader, web
+
+from p2pmoe.config import LimitsConfig
+from p2pmoe.errors import BadRequestError, TooLargeError
+from p2pmoe.rpc.http.admission import Ticket
+from p2pmoe.rpc.http.responses import error_response
+
+logger = logging.getLogger(__name__)
+
+
+class Connection(web.RequestHandler):
+    """Counts what arrives before a request's head is complete, and remembers since when something is awaited."""
+
+    __slots__ = (
+        "_body",
+        "_busy",
+        "_closing_since",
+        "_head_bytes",
+        "_limits",
+        "_link",
+        "_ticket",
+        "_watch",
+        "head_since",
+        "stalled_since",
+    )
+
+    def __init__(self, server: web.Server, watch: ConnectionWatch, ticket: Ticket, **options: Any) -> None:
+        super().__init__(server, loop=asyncio.get_running_loop(), **options)
+        self._watch, self._ticket, self._limits = watch, ticket, watch.limits
+        self._head_bytes = 0
+        self._busy = False
+        self._body: StreamReader | None = None
+        self.head_since: float | None = None
+        """On the loop's clock: when the connection opened, or the first byte of a further request came."""
+        self.stalled_since: float | None = None
+        """When the caller stopped taking what we write."""
+        self._closing_since: float | None = None
+        self._link: asyncio.Transport | None = None
+
+    def begin_request(self, body: StreamReader) -> None:
+        """A request's head is complete; what arrives from now on is its body."""
+        self._busy, self._body = True, body
+        self.head_since, self._head_bytes = None, 0
+
+    def end_request(self) -> None:
+        """The answer is ready. The rest of the body, if any, is still its body."""
+        self._busy = False
+
+    def overdue(self, now: float) -> str | None:
+        """Why the connection must end, if it must."""
+        limits = self._limits
+        if self._link is not None and self._link.is_closing():
+            self._closing_since = self._closing_since or now
+        for since in (self.stalled_since, self._closing_since):
+            if since is not None and now - since > limits.write_stall_timeout_s:
+                return f"the caller took nothing of an answer for {limits.write_stall_timeout_s} s"
+        if self.head_since is not None and now - self.head_since > limits.http_head_timeout_s:
+            return f"no complete request within {limits.http_head_timeout_s} s"
+        return None
+
+    def drop(self) -> None:
+        """End the connection without waiting for the caller."""
+        self.force_close()
+        if self._link is not None:
+            self._link.abort()
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.head_since = asyncio.get_running_loop().time()
+        self._link = cast("asyncio.Transport", transport)  # the base class forgets its own when it begins to close
+        self._watch.add(self)
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._watch.discard(self)
+        self._ticket.give_back()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        requests = self._request_count
+        super().data_received(data)
+        if self._busy:
+            return
+        if self._request_count != requests:
+            self.head_since, self._head_bytes = None, 0
+            self._body = None  # until `begin_request`; what else arrives before that is body or pipelined
+            self._busy = True
+        elif self._body is None or self._body.is_eof():
+            self._count_head(len(data))
+
+    def pause_writing(self) -> None:
+        self.stalled_since = asyncio.get_running_loop().time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self.stalled_since = None
+        super().resume_writing()
+
+    # -- aiohttp
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """What is no HTTP is a stranger's doing: answered in our form, and no traceback in the log."""
+        if status != 400 or request.writer.output_size > 0:
+            return super().handle_error(request, status, exc, message)
+        logger.debug("no HTTP request from %s: %s", request.remote, message)
+        reason = " ".join((message or "malformed").split())
+        return error_response(BadRequestError(f"not a valid HTTP request: {reason[:256]}"))
+
+    # -- private
+
+    def _count_head(self, count: int) -> None:
+        if self.head_since is None:
+            self.head_since = asyncio.get_running_loop().time()
+        self._head_bytes += count
+        if self._head_bytes > self._limits.max_http_head_bytes:
+            refusal = TooLargeError(f"a request's head is over the limit of {self._limits.max_http_head_bytes} bytes")
+            logger.debug("connection closed: %s", refusal)
+            self.drop()
+
+
+class ConnectionWatch:
+    """Drops connections whose deadline has passed. Belongs to one event loop."""
+
+    def __init__(self, limits: LimitsConfig) -> None:
+        self.limits = limits
+        self.dropped = 0
+        self._connections: set[Connection] = set()
+        self._period_s = min(1.0, limits.http_head_timeout_s / 4, limits.write_stall_timeout_s / 4)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        return f"<ConnectionWatch: {len(self._connections)} connections, {self.dropped} dropped>"
+
+    def start(self) -> None:
+        """Look again and again, until `stop`."""
+        self._timer = asyncio.get_running_loop().call_later(self._period_s, self._look)
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def add(self, connection: Connection) -> None:
+        """A connection is open."""
+        self._connections.add(connection)
+
+    def discard(self, connection: Connection) -> None:
+        """It is closed."""
+        self._connections.discard(connection)
+
+    def sweep(self, now: float) -> None:
+        """Drop what is overdue; `now` on the loop's clock."""
+        for connection in list(self._connections):
+            reason = connection.overdue(now)
+            if reason is not None:
+                self.dropped += 1
+                logger.debug("connection dropped: %s", reason)
+                connection.drop()
+
+    def _look(self) -> None:
+        self.sweep(asyncio.get_running_loop().time())
+        self.start()
