@@ -42,7 +42,7 @@ def metrics_of(node: p2pmoe.Node) -> str:
 def test_an_honest_trainer_learns_while_others_poison_the_same_expert() -> None:
     torch.manual_seed(0)
     backend = make_backend("ffn.0", dim=4, lr=0.05)
-    config = p2pmoe.NodeConfig.from_tree({"gate": {"warmup_calls": 8}})
+    config = p2pmoe.NodeConfig.from_tree({"gate": {"warmup_calls": 8}, "http": {"tls": False}})
     errors: dict[str, list[Exception]] = {name: [] for name in POISON}
     stop = threading.Event()
 

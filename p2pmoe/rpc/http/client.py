@@ -12,6 +12,7 @@ from aiohttp import hdrs
 from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
+from p2pmoe.errors import PeerUnreachableError
 from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import ResponseHeader, response_decoder
@@ -148,6 +149,8 @@ class HttpTransport:
     ) -> _Response:
         try:
             return await self._post(endpoint, frames, authorization)
+        except PeerUnreachableError:  # an endpoint that must not be called; it is an OSError too
+            raise
         except CONNECTION_ERRORS as error:
             raise unreachable(endpoint, error) from error
 
