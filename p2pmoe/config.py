@@ -83,6 +83,8 @@ class LimitsConfig(Section, frozen=True):
     max_tensors: Positive = 256
     """Tensors of one call."""
     max_rank: Positive = 16
+    max_elements: Positive = 2**28
+    """Numbers in one tensor."""
     max_connections: Positive = 512
     """Over it, and over the next three, a connection is closed before the TLS handshake costs anything."""
     max_source_connections: Positive = 128

@@ -54,6 +54,8 @@ class FrameLimits:
     tensors: int = 256
     rank: int = 16
     json_depth: int = MAX_JSON_DEPTH
+    elements: int = 2**28
+    """Of one tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +167,9 @@ def wire_size(header: TensorHeader, limits: FrameLimits) -> tuple[torch.dtype, i
         raise DecodeError(f"tensor {header.name!r}: unknown datatype {header.datatype!r}; known: {known}")
     codec = header.parameters.codec
     if codec is None:
-        size = math.prod(header.shape) * dtype.itemsize
-        if 0 < size <= limits.body_bytes and len(header.shape) <= limits.rank:
+        count = math.prod(header.shape)
+        size = count * dtype.itemsize
+        if 0 < size <= limits.body_bytes and count <= limits.elements and len(header.shape) <= limits.rank:
             return dtype, size  # what nearly every tensor is
     elif codec != "raw":
         if codec not in WIRE_CODECS or not dtype.is_floating_point:
@@ -175,7 +178,13 @@ def wire_size(header: TensorHeader, limits: FrameLimits) -> tuple[torch.dtype, i
         dtype = WIRE_CODECS[codec] or dtype
     if len(header.shape) > limits.rank:
         raise DecodeError(f"tensor {header.name!r}: rank {len(header.shape)} is over the limit of {limits.rank}")
-    size = math.prod(header.shape) * dtype.itemsize
+    count = math.prod(header.shape)
+    if count > limits.elements:
+        raise DecodeError(
+            f"tensor {header.name!r}: {count} elements are over the limit of {limits.elements}; send fewer rows a call",
+            code=413,
+        )
+    size = count * dtype.itemsize
     if size == 0 and math.prod(filter(None, header.shape)) > limits.body_bytes:
         raise DecodeError(
             f"tensor {header.name!r}: shape {list(header.shape)} is over the limit of {limits.body_bytes}"

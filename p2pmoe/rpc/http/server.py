@@ -53,7 +53,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def frame_limits(limits: LimitsConfig) -> FrameLimits:
     return FrameLimits(
-        limits.max_header_bytes, limits.max_body_bytes, limits.max_tensors, limits.max_rank, limits.max_json_depth
+        header_bytes=limits.max_header_bytes,
+        body_bytes=limits.max_body_bytes,
+        tensors=limits.max_tensors,
+        rank=limits.max_rank,
+        json_depth=limits.max_json_depth,
+        elements=limits.max_elements,
     )
 
 

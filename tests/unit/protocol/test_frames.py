@@ -232,6 +232,18 @@ def test_what_cannot_travel_is_a_local_error(tensor: torch.Tensor, codec: str) -
 # ------------------------------------------------------------------------------------------ foreign bytes
 
 
+@pytest.mark.parametrize("codec", ["raw", "fp16"])
+def test_elements_are_limited_apart_from_bytes(codec: str) -> None:
+    limits = FrameLimits(elements=15)
+    data = call_bytes(torch.ones(3, 5), codecs=[codec]) + call_bytes(torch.ones(4, 4), codecs=[codec], id="over")
+    first, refused = [event for event in read(data, limits=limits) if not isinstance(event, HeaderReceived)]
+    assert isinstance(first, FrameReceived)
+    assert isinstance(refused, FrameRefused)
+    assert refused.call_id == "over"
+    assert refused.error.code == 413
+    assert "16 elements are over the limit of 15" in str(refused.error)
+
+
 @pytest.mark.parametrize("name", BAD_HEADERS)
 @pytest.mark.parametrize("every", [1, 7, 10**6])
 def test_a_bad_header_spoils_its_own_call_only(name: str, every: int) -> None:
