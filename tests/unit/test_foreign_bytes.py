@@ -14,7 +14,8 @@ import msgspec
 import pytest
 import torch
 from fuzzing.guard import Guard
-from fuzzing.targets import NAMES, load
+from fuzzing.mutate import join_datagrams
+from fuzzing.targets import NAMES, doors, load, swarms
 from fuzzing.targets.infer import LIMITS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,7 +66,7 @@ def test_any_bytes(name: str) -> None:
     run()
 
 
-@pytest.mark.parametrize("name", ["documents", "schemas", "nested", "dht_state"])
+@pytest.mark.parametrize("name", ["documents", "schemas", "nested", "dht_state", "handshake"])
 def test_any_json(name: str) -> None:
     @FEW
     @given(values)
@@ -90,6 +91,80 @@ def test_any_pem(content: bytes, kind: str) -> None:
     check("key_files", b"-----BEGIN %b-----\n%b\n-----END %b-----\n" % (
         kind.encode(), base64.b64encode(content), kind.encode()
     ))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ doors and closed swarms
+
+HEX = st.binary(min_size=32, max_size=32).map(bytes.hex)
+
+
+@FEW
+@given(
+    st.sampled_from([doors.PLAIN.public_key, doors.BOB.public_key.hex()]) | HEX,
+    st.just(doors.NONCE.nonce) | HEX,
+    st.just(doors.PLAIN.signature) | st.binary(min_size=64, max_size=64).map(bytes.hex),
+    st.sampled_from([None, doors.PROVEN.proof]) | HEX,
+)
+def test_any_session_request(public_key: str, nonce: str, signature: str, proof: str | None) -> None:
+    """Well-formed throughout; whether a door may open to it is said by the target."""
+    request = {"public_key": public_key, "nonce": nonce, "signature": signature, "proof": proof}
+    check("handshake", json.dumps(request).encode())
+
+
+def splices(valid: bytes, most: int = 8) -> st.SearchStrategy[bytes]:
+    """Valid bytes of which some lie elsewhere, are gone, or are others."""
+    place = st.integers(0, len(valid))
+    return st.builds(
+        lambda start, length, new: valid[:start] + new + valid[start + length :],
+        place, st.integers(0, most), st.binary(max_size=most),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["authorizations", "certificates", "secrets_files", "delegation_files"])
+def test_any_splice(name: str) -> None:
+    @FEW
+    @given(st.sampled_from(sorted(load(name).seeds().values())).flatmap(splices))
+    def run(data: bytes) -> None:
+        check(name, data)
+
+    run()
+
+
+@FEW
+@given(
+    st.integers(0, 2) | st.just(1),
+    st.sampled_from(["", "ffn.", "ffn.3.", "ffn.03.", "ffn", "ffn.\n", "é."]) | st.text(max_size=8),
+    st.sampled_from([each.expires_at_ms for each in swarms.GIVEN.values()]) | st.integers(-1, 2**64 - 1),
+    st.sampled_from([each.signature for each in swarms.GIVEN.values()]) | st.binary(min_size=63, max_size=65),
+    st.binary(max_size=8) | st.just(bytes(901)),
+)
+def test_any_delegation(version: int, scope: str, expires_at: int, signature: bytes, payload: bytes) -> None:
+    check("delegations", msgspec.msgpack.encode([[version, scope, expires_at, signature], payload]))
+
+
+@FEW
+@given(st.lists(st.sampled_from(sorted(swarms.SEALED)), max_size=12))
+def test_sealed_datagrams_in_any_order_and_number_open_once_each(names: list[tuple[int, int]]) -> None:
+    check("sealed_datagrams", join_datagrams([(0, swarms.SEALED[name]) for name in names]))
+
+
+@FEW
+@given(st.sampled_from(sorted(swarms.SEALED.values())).flatmap(splices))
+def test_a_sealed_datagram_of_which_a_bit_changed_never_opens(data: bytes) -> None:
+    check("sealed_datagrams", join_datagrams([(0, data)]))
+
+
+def test_what_members_sealed_opens() -> None:
+    said = {name: load("sealed_datagrams").run(data) for name, data in load("sealed_datagrams").seeds().items()}
+    assert said["in-order"] == "3 0 3"
+    assert said["replayed"] == "2 3 5"
+
+
+def test_the_doors_open_to_whom_they_should() -> None:
+    seeds, run = load("handshake").seeds(), load("handshake").run
+    assert run(seeds["request"]).startswith("open AccessDeniedError")
+    assert run(seeds["request-with-proof"]).startswith("open open AccessDeniedError")
+    assert (run(seeds["nonce"]), run(seeds["token"])) == ("nonce", "token")
 
 
 # --------------------------------------------------------------------------------------------- JSON tensors

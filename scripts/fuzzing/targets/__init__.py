@@ -18,10 +18,17 @@ _HOMES: Final = {
     "node_toml": "texts",
     "environment": "texts",
     "key_files": "files",
+    "secrets_files": "files",
     "dht_state": "files",
     "documents": "documents",
     "schemas": "documents",
     "nested": "documents",
+    "handshake": "doors",
+    "authorizations": "doors",
+    "certificates": "doors",
+    "delegations": "swarms",
+    "delegation_files": "swarms",
+    "sealed_datagrams": "swarms",
 }
 """A new target: one line here, one `Target` in its module."""
 
