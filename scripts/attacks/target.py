@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,19 @@ initial_peers = ["{bootstrap}"]
 ttl_s = 10.0
 refresh_s = 2.0
 [limits]
-max_connections = 160
-idle_read_timeout_s = 1.0
 """
 PRIVATE = """
 [access]
 swarm_key_path = "{path}"
 """
-TIGHT = {"http_head_timeout_s": 2.0, "slow_body_grace_s": 2.0, "write_stall_timeout_s": 2.0, "handshake_timeout_s": 2.0}
+TIGHT = {
+    "max_connections": 160,
+    "idle_read_timeout_s": 1.0,
+    "http_head_timeout_s": 2.0,
+    "slow_body_grace_s": 2.0,
+    "write_stall_timeout_s": 2.0,
+    "handshake_timeout_s": 2.0,
+}
 
 
 @dataclass
@@ -64,16 +69,10 @@ class Target:
     swarm_id: str = "p2pmoe"
     pid: int = 0
     log_path: Path | None = None
-    idle_read_timeout_s: float = 1.0
-    header_timeout_s: float = 2.0
-    slow_body_s: float = 3.0
-    """After how long a body that drips must be given up."""
-    write_timeout_s: float = 2.0
-    handshake_timeout_s: float = 2.0
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """Of a node that runs already: the defaults, as nobody tells."""
     features: frozenset[str] = frozenset()
     """Found out by `discover`."""
-    max_connections: int = 0
-    """0: not known, then nobody fills them."""
     swarm_key: SwarmKey | None = None
     """Of a private swarm: what the honest client has and the attacker has not."""
     swarm_key_path: Path | None = None
@@ -138,9 +137,8 @@ def own_target(folder: Path, *, private: bool = False) -> Iterator[Target]:
         deadline = time.monotonic() + START_S
         processes.append(NodeProcess("bootstrap", folder, BOOTSTRAP + access))
         bootstrap = processes[0].wait_until_serving(deadline)["dht_address"]
-        known = {field.name for field in msgspec.structs.fields(LimitsConfig)}
         settings = NODE.format(bootstrap=bootstrap, identity=(folder / "identity.pem").as_posix())
-        settings += "".join(f"{key} = {value}\n" for key, value in TIGHT.items() if key in known)
+        settings += "".join(f"{key} = {value}\n" for key, value in TIGHT.items())
         node = NodeProcess("node", folder, settings + access)
         processes.append(node)
         told = node.wait_until_serving(deadline)
@@ -154,7 +152,7 @@ def own_target(folder: Path, *, private: bool = False) -> Iterator[Target]:
             (bootstrap,),
             pid=node.pid,
             log_path=node.log_path,
-            max_connections=160,
+            limits=msgspec.convert(TIGHT, LimitsConfig),
             swarm_key=swarm_key,
             swarm_key_path=key_path,
         )
@@ -170,4 +168,4 @@ def running_target(endpoint: str, dht_address: str, swarm_id: str) -> Target:
     """A node that somebody else runs, and lets us attack."""
     scheme, _, address = endpoint.partition("://")
     host, port = parse_host_port(address.rstrip("/"))
-    return Target(host, port, scheme, dht_address, (dht_address,), swarm_id, idle_read_timeout_s=30.0)
+    return Target(host, port, scheme, dht_address, (dht_address,), swarm_id)

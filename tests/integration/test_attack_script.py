@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from p2pmoe.config import LimitsConfig
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
@@ -130,3 +132,16 @@ def test_summaries_of_two_nodes_become_one(monkeypatch):
     assert (merged["attacks"], merged["refused"], merged["failed"]) == (4, 3, ["a"])
     assert (merged["p50_quiet_ms"], merged["worst_ratio"]) == (1.2, 2.0)
     assert merged["passed"] is False
+
+
+def test_a_node_that_runs_already_is_given_the_time_that_the_defaults_allow(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from attacks.registry import all_attacks
+    from attacks.target import running_target
+
+    target = running_target("https://127.0.0.1:1", "127.0.0.1:2", "p2pmoe")
+    assert target.limits == LimitsConfig()
+    slow = {each.name: each.limit_s for each in all_attacks() if each.name.startswith("slow_")}
+    assert slow["slow_headers"] > target.limits.http_head_timeout_s
+    assert slow["slow_body_drip"] > target.limits.slow_body_grace_s
+    assert not target.has("own")
