@@ -11,14 +11,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from attacks.registry import Attack, all_attacks
-from attacks.runner import Result, run_attacks
+from attacks.runner import Result, merge_summaries, run_attacks
 from attacks.target import Target, own_target, running_target
 from p2pmoe.errors import P2PMoEError
+
+Opened = contextlib.AbstractContextManager[Target]
 
 
 def main() -> int:
@@ -45,42 +48,63 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         try:
             if options.endpoint:
-                target = running_target(options.endpoint, options.dht_address, options.swarm_id)
+                running = running_target(options.endpoint, options.dht_address, options.swarm_id)
+                targets: list[Opened] = [contextlib.nullcontext(running)]
             else:
                 folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="attack-")))
-                target = stack.enter_context(own_target(folder))
-            return asyncio.run(_run(target, chosen, options.seed, as_json=options.json))
+                targets = _own_targets(folder, chosen)
+            return _run_all(targets, chosen, options.seed, as_json=options.json)
         except (P2PMoEError, RuntimeError, OSError) as error:
             print(f"scripts/attack: {error}", file=sys.stderr)
             return 2
 
 
-async def _run(target: Target, chosen: Sequence[Attack], seed: int, *, as_json: bool) -> int:
-    passed = False
+def _own_targets(folder: Path, chosen: Sequence[Attack]) -> list[Opened]:
+    """An open node, and one of a private swarm after it: those of them that are attacked at all."""
+    private = [each for each in chosen if each.needs == "private"]
+    targets: list[Opened] = [own_target(folder)] if len(private) < len(chosen) else []
+    return [*targets, own_target(folder / "private", private=True)] if private else targets
+
+
+def _run_all(targets: Sequence[Opened], chosen: Sequence[Attack], seed: int, *, as_json: bool) -> int:
+    """Attack one node after the other; one table, one summary."""
+    table, summaries, fitting = _table(), [], set()
+    for opened in targets:
+        with opened as target:
+            summary, names = asyncio.run(_run(target, chosen, seed, table, as_json=as_json))
+            summaries.append(summary)
+            fitting |= names
+    result = merge_summaries(summaries)
+    result["left_out"] = [each.name for each in chosen if each.name not in fitting]
+    if as_json:
+        print(json.dumps(result), flush=True)
+    else:
+        print("\r", end="", file=sys.stderr)
+        Console().print(table)
+        Console().print(
+            f"{result['attacks']} attacks, {result['refused']} refused, state lost in {result['state_lost']}; "
+            f"honest p50 {result['p50_quiet_ms']} ms quiet, {result['p50_quiet_after_ms']} ms afterwards, at worst "
+            f"{result['worst_ratio']} times the quiet value"
+        )
+    return 0 if result["passed"] else 1
+
+
+async def _run(
+    target: Target, chosen: Sequence[Attack], seed: int, table: Table, *, as_json: bool
+) -> tuple[dict[str, Any], set[str]]:
+    """The summary of one node, and the names of the attacks that make sense there."""
     await target.discover()
     fitting = [each for each in chosen if target.has(each.needs)]
-    table = _table()
+    summary: dict[str, Any] = {}
     async for result in run_attacks(target, fitting, seed):
-        if isinstance(result, Result):
-            if as_json:
-                print(json.dumps(result.to_dict()), flush=True)
-            else:
-                _add_row(table, result)
-                print(f"\r{result.name:<48}", end="", file=sys.stderr, flush=True)
-            continue
-        result["left_out"] = [each.name for each in chosen if each not in fitting]
-        passed = result["passed"]
-        if as_json:
-            print(json.dumps(result), flush=True)
+        if not isinstance(result, Result):
+            summary = result
+        elif as_json:
+            print(json.dumps(result.to_dict()), flush=True)
         else:
-            print("\r", end="", file=sys.stderr)
-            Console().print(table)
-            Console().print(
-                f"{result['attacks']} attacks, {result['refused']} refused, state lost in {result['state_lost']}; "
-                f"honest p50 {result['p50_quiet_ms']} ms quiet, {result['p50_quiet_after_ms']} ms afterwards, at worst "
-                f"{result['worst_ratio']} times the quiet value"
-            )
-    return 0 if passed else 1
+            _add_row(table, result)
+            print(f"\r{result.name:<48}", end="", file=sys.stderr, flush=True)
+    return summary, {each.name for each in fitting}
 
 
 def _wanted(each: Attack, patterns: Sequence[str] | None) -> bool:

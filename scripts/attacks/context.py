@@ -35,6 +35,7 @@ class Context:
         public_key: the node's, as its records say.
         ends_at: when the window of time is over, on the clock of `time.monotonic`.
         source: the address that TCP connections come from; None leaves it to the system.
+        authorization: what exchanges carry; of the runner's own questions to a private node.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Context:
         dice: random.Random,
         ends_at: float,
         source: str | None = None,
+        authorization: str | None = None,
     ) -> None:
         self.source = source
+        self._headers = {"Authorization": authorization} if authorization else {}
         self.target, self.uids, self.public_key, self.dice, self.ends_at = target, uids, public_key, dice, ends_at
         self.sent: Counter[str] = Counter()
         self.updates: Counter[str] = Counter()
@@ -80,7 +83,7 @@ class Context:
 
     async def exchange(self, *frames: bytes, headers: dict[str, str] | None = None) -> Reply:
         """Frames in an exchange of their own."""
-        return await self.request("POST", EXCHANGE, b"".join(frames), headers)
+        return await self.request("POST", EXCHANGE, b"".join(frames), self._headers | (headers or {}))
 
     async def infer(
         self, header: Any, tail: bytes = b"", *, uid: str = "", headers: dict[str, str] | None = None

@@ -38,10 +38,10 @@ async def health(ctx: Context) -> str:
     return await _flood(ctx, request("GET", "/v2/health/ready"), 400)
 
 
-@attack("flood_metrics", expects="200 or 200+429 or 429 or 403 or 401", once=True)
+@attack("flood_metrics", expects="200 or 200+429 or 429", once=True, needs="own")
 async def metrics(ctx: Context) -> str:
-    """The metrics page 100 times a second."""
-    return await _flood(ctx, request("GET", "/metrics"), 100)
+    """The metrics page 100 times a second, from the node's own machine."""
+    return await _flood(ctx, request("GET", "/metrics", headers={"Host": ctx.target.host}), 100)
 
 
 @attack("flood_unknown_paths", expects="404", once=True)

@@ -45,11 +45,14 @@ def serve(spec: dict[str, Any]) -> None:
 
     import p2pmoe
     from p2pmoe.errors import P2PMoEError
+    from p2pmoe.identity import SwarmKey
 
     torch.set_num_threads(1)
     commands: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
-    with p2pmoe.Swarm(initial_peers=spec["initial_peers"], swarm_id=spec["swarm_id"]) as swarm:
+    path = spec["swarm_key_path"]
+    swarm_key = SwarmKey.load(path) if path else None
+    with p2pmoe.Swarm(initial_peers=spec["initial_peers"], swarm_id=spec["swarm_id"], swarm_key=swarm_key) as swarm:
         mine = swarm.expert(spec["honest_uid"], forward_timeout_s=TIMEOUT_S, backward_timeout_s=TIMEOUT_S)
         untouched = swarm.expert(spec["untouched_uid"], forward_timeout_s=TIMEOUT_S)
         generator = torch.Generator().manual_seed(spec["seed"])

@@ -49,14 +49,14 @@ async def _drip(lines: list[Line], every_s: float, seconds: float) -> None:
 async def idle_connections(ctx: Context) -> str:
     """Forty connections that never say anything."""
     async with _lines(ctx, SLOW_LINES) as lines:
-        return await _all_closed(lines, ctx.target.header_timeout_s + GRACE_S)
+        return await _all_closed(lines, ctx.target.limits.http_head_timeout_s + GRACE_S)
 
 
 @attack("slow_headers", expects="closed", once=True, limit_s=30)
 async def slow_headers(ctx: Context) -> str:
     """Slow loris: forty requests whose headers come a byte at a time, each byte in time."""
     async with _lines(ctx, SLOW_LINES, b"GET /v2/health/live HTTP/1.1\r\nX-Slow: ") as lines:
-        await _drip(lines, 0.25, ctx.target.header_timeout_s + 1)
+        await _drip(lines, 0.25, ctx.target.limits.http_head_timeout_s + 1)
         return await _all_closed(lines, GRACE_S)
 
 
@@ -66,7 +66,7 @@ async def body_pause(ctx: Context) -> str:
     half = request("POST", EXCHANGE, ctx.call(rows=4))[:-100]
     async with await ctx.connect() as line:
         await line.send(half)
-        return (await line.reply(ctx.target.idle_read_timeout_s + GRACE_S)).seen_frames
+        return (await line.reply(ctx.target.limits.idle_read_timeout_s + GRACE_S)).seen_frames
 
 
 @attack("slow_body_drip", expects="closed", once=True, limit_s=60)
@@ -75,7 +75,7 @@ async def body_drip(ctx: Context) -> str:
     call = ctx.call(rows=4)
     begin = request("POST", EXCHANGE, headers={"Content-Length": str(len(call))}) + call[:-1000]
     async with _lines(ctx, SLOW_LINES, begin) as lines:
-        await _drip(lines, ctx.target.idle_read_timeout_s / 3, ctx.target.slow_body_s + 1)
+        await _drip(lines, ctx.target.limits.idle_read_timeout_s / 3, ctx.target.limits.slow_body_grace_s + 2)
         return await _all_closed(lines, GRACE_S)
 
 
@@ -88,7 +88,7 @@ async def slow_reader(ctx: Context) -> str:
         for line in lines:
             line.writer.transport.pause_reading()  # type: ignore[attr-defined]
             await line.send(begin)
-        await asyncio.sleep(ctx.target.write_timeout_s + 2)
+        await asyncio.sleep(ctx.target.limits.write_stall_timeout_s + 2)
         return await _still_unread(lines, rows * 256)
 
 
@@ -131,7 +131,7 @@ async def _announce(ctx: Context, sizes: list[int]) -> str:
             head = request("POST", EXCHANGE, headers={"Content-Length": str(len(start) + size)})
             await line.send(head + start + bytes(64))
         memory = ctx.target.resident_bytes()
-        replies = await asyncio.gather(*(line.reply(ctx.target.idle_read_timeout_s + GRACE_S) for line in lines))
+        replies = await asyncio.gather(*(line.reply(ctx.target.limits.idle_read_timeout_s + GRACE_S) for line in lines))
         ctx.notes["resident_mib"] = memory and memory >> 20
     codes = {code for reply in replies for code in reply.seen_frames.removeprefix("frame ").split("+")}
     return "frame " + "+".join(sorted(codes))
@@ -162,13 +162,10 @@ async def budget_hoarding(ctx: Context) -> str:
     return await _announce(ctx, [200 * MIB] * 11 + [40 * MIB] * 4 + [8 * MIB] * 5 + [MIB] * 8 + [MIB // 16] * 16)
 
 
-@attack("connection_flood", expects="429 or closed", once=True, limit_s=20)
+@attack("connection_flood", expects="429 or closed", once=True, limit_s=20, needs="own")
 async def connection_flood(ctx: Context) -> str:
     """More connections than the node takes, all kept open: the next ones are refused, those that were there go on."""
-    many = min(600, ctx.target.max_connections + 60)
-    if not ctx.target.max_connections:
-        return "closed"
-    async with _lines(ctx, many) as lines:
+    async with _lines(ctx, ctx.target.limits.max_connections + 60) as lines:
         ctx.notes["opened"] = len(lines)
         try:
             async with await ctx.connect() as one_more:

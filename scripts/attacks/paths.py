@@ -63,11 +63,14 @@ async def uid_long(ctx: Context) -> str:
     return reply.seen if len(reply.body) < 1000 else f"a reply of {len(reply.body)} B"
 
 
-@attack("path_metrics_labels", expects="bounded")
+@attack("path_metrics_labels", expects="bounded", needs="own")
 async def metrics_labels(ctx: Context) -> str:
     """Made-up experts, each of which would be a line in the metrics for ever."""
     tensors = ctx.tensors(ctx.uids["victim"], "forward")
     names = [f"made.{ctx.dice.randrange(2**31)}.{index}" for index in range(200)]
     await ctx.exchange(*(frame({"model_name": name, "inputs": tensors}, ctx.body(tensors, 0.0)) for name in names))
-    text = (await ctx.request("GET", "/metrics")).body.decode()
+    reply = await ctx.request("GET", "/metrics", headers={"Host": ctx.target.host})
+    text = reply.body.decode()
+    if reply.status != 200 or ctx.uids["victim"] not in text:
+        return f"no metrics: {reply.seen}"
     return "bounded" if "made." not in text else f"{text.count('made.')} labels"

@@ -27,6 +27,7 @@ THEMES: tuple[str, ...] = (
     "gradients",
     "tls",
     "sessions",
+    "private",
     "dht_records",
     "dht_datagrams",
     "dht_peers",

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from attacks.client import HonestClient, honest_client
 from attacks.context import Context
+from attacks.private import open_session
 from attacks.registry import Attack
 from attacks.state import State
 from attacks.target import Target
@@ -66,20 +67,27 @@ async def run_attacks(target: Target, attacks: Sequence[Attack], seed: int) -> A
         raise RuntimeError(f"{target.endpoint} hosts no experts; there is nothing to call")
     uids = {"honest": every_uid[0], "victim": every_uid[len(every_uid) // 2], "untouched": every_uid[-1]}
     config = DHTConfig(initial_peers=target.initial_peers, swarm_id=target.swarm_id)
-    async with DHTNode(Identity.generate(), config, client_mode=True) as dht:
+    async with DHTNode(Identity.generate(), config, client_mode=True, swarm_key=target.swarm_key) as dht:
         public_key = await _find_public_key(dht, every_uid, documents[every_uid[0]]["peer_id"])
         state = State(target, uids, every_uid, public_key, dht)
 
+        member = None
+        if target.swarm_key is not None:
+            visitor = Context(target, uids, documents, public_key, random.Random(seed), 0.0)
+            member = await open_session(visitor, Identity.generate(), target.swarm_key)
+
         def new_context(name: str, ends_at: float = 0.0) -> Context:
             dice = random.Random(f"{seed} {name}")
-            source = None if name == "quiet" else _stranger(target, dice)
-            return Context(target, uids, documents, public_key, dice, ends_at, source)
+            if name == "quiet":
+                return Context(target, uids, documents, public_key, dice, ends_at, authorization=member)
+            return Context(target, uids, documents, public_key, dice, ends_at, _stranger(target, dice))
 
         async with honest_client(
             initial_peers=target.initial_peers,
             swarm_id=target.swarm_id,
             honest_uid=uids["honest"],
             untouched_uid=uids["untouched"],
+            swarm_key_path=target.swarm_key_path and str(target.swarm_key_path),
             seed=seed,
         ) as client:
             await client.measure(WARM_UP_S)
@@ -178,3 +186,15 @@ def _summary(results: Sequence[Result], quiet_ms: float, quiet_after_ms: float, 
         "passed": not failed and bool(results) and back,
         "seed": seed,
     }
+
+
+def merge_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One summary of the runs against several nodes: sums, and of latencies the largest."""
+    merged = dict(summaries[0])
+    for each in summaries[1:]:
+        for key in ("attacks", "refused", "state_lost", "honest_calls", "honest_errors", "failed"):
+            merged[key] += each[key]
+        for key in ("p50_quiet_ms", "p50_quiet_after_ms", "worst_ratio"):
+            merged[key] = max((value for value in (merged[key], each[key]) if value is not None), default=None)
+        merged["passed"] = merged["passed"] and each["passed"]
+    return merged

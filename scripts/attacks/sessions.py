@@ -77,7 +77,7 @@ async def of_another_node(ctx: Context) -> str:
     return await _open(ctx, identity.public_key, nonce, proof)
 
 
-@attack("session_malformed", expects="400 or 413", needs="sessions", per_s=4)
+@attack("session_malformed", expects="400 or 413", needs="sessions")
 async def malformed(ctx: Context) -> str:
     """Handshakes that are no JSON, too long, of wrong lengths or types."""
     body = ctx.dice.choice(

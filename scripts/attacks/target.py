@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import psutil
 from attacks.http_wire import Line, attacker_tls, request
 from p2pmoe.cli.local_swarm import NodeProcess
 from p2pmoe.config import LimitsConfig, parse_host_port
+from p2pmoe.identity import SwarmKey
 from p2pmoe.types import WIRE_VERSION
 
 START_S = 60.0
@@ -41,10 +42,19 @@ initial_peers = ["{bootstrap}"]
 ttl_s = 10.0
 refresh_s = 2.0
 [limits]
-max_connections = 160
-idle_read_timeout_s = 1.0
 """
-TIGHT = {"http_head_timeout_s": 2.0, "slow_body_grace_s": 2.0, "write_stall_timeout_s": 2.0, "handshake_timeout_s": 2.0}
+PRIVATE = """
+[access]
+swarm_key_path = "{path}"
+"""
+TIGHT = {
+    "max_connections": 160,
+    "idle_read_timeout_s": 1.0,
+    "http_head_timeout_s": 2.0,
+    "slow_body_grace_s": 2.0,
+    "write_stall_timeout_s": 2.0,
+    "handshake_timeout_s": 2.0,
+}
 
 
 @dataclass
@@ -59,17 +69,13 @@ class Target:
     swarm_id: str = "p2pmoe"
     pid: int = 0
     log_path: Path | None = None
-    idle_read_timeout_s: float = 1.0
-    header_timeout_s: float = 2.0
-    slow_body_s: float = 3.0
-    """After how long a body that drips must be given up."""
-    write_timeout_s: float = 2.0
-    handshake_timeout_s: float = 2.0
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """Of a node that runs already: the defaults, as nobody tells."""
     features: frozenset[str] = frozenset()
     """Found out by `discover`."""
-    max_connections: int = 0
-    """0: not known, then nobody fills them."""
-    access: str = "open"
+    swarm_key: SwarmKey | None = None
+    """Of a private swarm: what the honest client has and the attacker has not."""
+    swarm_key_path: Path | None = None
 
     @property
     def endpoint(self) -> str:
@@ -86,7 +92,10 @@ class Target:
         return psutil.Process(self.pid).num_fds() if self.pid and hasattr(psutil.Process, "num_fds") else None
 
     def has(self, feature: str) -> bool:
-        """Whether attacks that need `feature` make sense here."""
+        """Whether attacks that need `feature` make sense here. At a private node only those made for one do: to all
+        others it is as if nobody were there."""
+        if self.swarm_key is not None or feature == "private":
+            return self.swarm_key is not None and feature == "private"
         return {
             "": True,
             "tls": self.scheme == "https",
@@ -114,18 +123,23 @@ class Target:
 
 
 @contextlib.contextmanager
-def own_target(folder: Path) -> Iterator[Target]:
+def own_target(folder: Path, *, private: bool = False) -> Iterator[Target]:
     """A bootstrap and a node with four experts, on loopback; ended when the block is left, however it is left."""
     folder.mkdir(parents=True, exist_ok=True)
+    swarm_key, key_path, access = None, None, ""
+    if private:
+        swarm_key, key_path = SwarmKey.generate(), folder / "swarm.key"
+        key_path.unlink(missing_ok=True)
+        swarm_key.save(key_path)
+        access = PRIVATE.format(path=key_path.as_posix())
     processes: list[NodeProcess] = []
     try:
         deadline = time.monotonic() + START_S
-        processes.append(NodeProcess("bootstrap", folder, BOOTSTRAP))
+        processes.append(NodeProcess("bootstrap", folder, BOOTSTRAP + access))
         bootstrap = processes[0].wait_until_serving(deadline)["dht_address"]
-        known = {field.name for field in msgspec.structs.fields(LimitsConfig)}
         settings = NODE.format(bootstrap=bootstrap, identity=(folder / "identity.pem").as_posix())
-        settings += "".join(f"{key} = {value}\n" for key, value in TIGHT.items() if key in known)
-        node = NodeProcess("node", folder, settings)
+        settings += "".join(f"{key} = {value}\n" for key, value in TIGHT.items())
+        node = NodeProcess("node", folder, settings + access)
         processes.append(node)
         told = node.wait_until_serving(deadline)
         scheme, _, address = told["endpoint"].partition("://")
@@ -138,7 +152,9 @@ def own_target(folder: Path) -> Iterator[Target]:
             (bootstrap,),
             pid=node.pid,
             log_path=node.log_path,
-            max_connections=160,
+            limits=msgspec.convert(TIGHT, LimitsConfig),
+            swarm_key=swarm_key,
+            swarm_key_path=key_path,
         )
     finally:
         for process in processes:
@@ -152,4 +168,4 @@ def running_target(endpoint: str, dht_address: str, swarm_id: str) -> Target:
     """A node that somebody else runs, and lets us attack."""
     scheme, _, address = endpoint.partition("://")
     host, port = parse_host_port(address.rstrip("/"))
-    return Target(host, port, scheme, dht_address, (dht_address,), swarm_id, idle_read_timeout_s=30.0)
+    return Target(host, port, scheme, dht_address, (dht_address,), swarm_id)
