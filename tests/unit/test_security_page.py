@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+from p2pmoe import Swarm
+from p2pmoe.config import Section
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
@@ -26,6 +30,19 @@ def test_every_attack_that_is_named_is_on_the_list(monkeypatch: pytest.MonkeyPat
     named = {name for text in re.findall(r"attack: ((?:`\w+`(?:, )?)+)", PAGE) for name in re.findall(r"\w+", text)}
     assert len(named) > 40
     assert named <= known, sorted(named - known)
+
+
+def test_every_setting_that_is_named_exists(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from attacks.registry import all_attacks
+
+    settings = {name for section in Section.__subclasses__() for name in section.__struct_fields__}
+    settings |= set(inspect.signature(Swarm).parameters)
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", PAGE)) - {
+        name for each in all_attacks() for name in (each.name, each.theme)
+    }
+    assert len(named) >= 4
+    assert named <= settings, sorted(named - settings)
 
 
 def test_every_promise_names_what_shows_it():
