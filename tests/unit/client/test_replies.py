@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +103,23 @@ async def test_garbage_in_garbage_out_unless_strict() -> None:
     strict = check_finite("alice", (bad,), (bad,), (P(1),), strict=True)
     assert strict is not None
     assert not strict.is_evidence
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_a_look_at_a_large_reply_wakes_no_team_of_threads() -> None:
+    """Its threads would spin for milliseconds, on cores where a node beside us may be computing."""
+    program = (
+        "import os, torch\n"
+        "from p2pmoe.client.replies import is_finite\n"
+        "from p2pmoe.protocol.finite import SMALL, all_surely_finite\n"
+        "torch.set_num_threads(4)\n"
+        "large, small = torch.ones(1 << 21), [torch.ones(SMALL - 1) for _ in range(8)]\n"
+        "threads = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before = threads()\n"
+        "assert is_finite([large]) and all_surely_finite(small) and is_finite([large.half()])\n"
+        "after = threads()\n"
+        "large.sum()\n"
+        "print(after - before, threads() > after)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "0 True\n"
