@@ -6,6 +6,7 @@ asyncio's own servers begin the handshake before they tell the address of a call
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -19,6 +20,7 @@ from p2pmoe.rpc.http.admission import Admission, Ticket
 
 BACKLOG: Final = 128
 _ACCEPT_PAUSE_S: Final = 0.2
+_STOP_TIMEOUT_S: Final = 0.5
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset and leaves nothing behind
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Listener:
         self._sockets: list[socket.socket] = []
         self._accepting: set[asyncio.Task[None]] = set()
         self._opening: set[asyncio.Task[None]] = set()
+        self._closing = False
         self.failed_handshakes = 0
 
     def __repr__(self) -> str:
@@ -75,18 +78,30 @@ class Listener:
 
     async def close(self) -> None:
         """Stop listening, drop handshakes under way. Open connections are their protocols' business."""
-        for task in self._accepting:
-            task.cancel()
+        self._closing = True
+        await self._stop_accepting()
         await asyncio.sleep(0)  # a handshake that has not begun cannot be dropped in good order
         for task in self._opening:
             task.cancel()
-        tasks = self._accepting | self._opening
-        if tasks:
-            await asyncio.wait(tasks)
+        if self._opening:
+            await asyncio.wait(self._opening)
         while self._sockets:
             self._sockets.pop().close()
 
     # -- private
+
+    async def _stop_accepting(self) -> None:
+        """End the accepting by an error of the sockets: cancelled, it would lose a connection just accepted."""
+        for listening in self._sockets:
+            with contextlib.suppress(OSError):  # systems that shut down connected sockets only
+                listening.shutdown(socket.SHUT_RDWR)
+        if self._accepting:
+            await asyncio.wait(self._accepting, timeout=_STOP_TIMEOUT_S)
+        late = set(self._accepting)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late)
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -94,10 +109,15 @@ class Listener:
             try:
                 connection, address = await loop.sock_accept(listening)
             except OSError as error:
+                if self._closing:
+                    return
                 # Out of descriptors, mostly. Callers wait in the backlog meanwhile.
                 logger.warning("a connection could not be accepted: %s", error)
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
+            if self._closing:
+                connection.close()
+                return
             try:
                 ticket = self._admission.enter(address[0])
             except OverloadedError as error:
