@@ -16,7 +16,7 @@ import torch
 from frame_kit import raw_frame
 from swarm_kit import WAIT_S
 
-from p2pmoe.client.exchange import Call
+from p2pmoe.client.calls import Call
 from p2pmoe.protocol.frames import PREFIX, EncodedFrame, Frame, FrameLimits, FrameReader, describe_tensors, encode_frame
 from p2pmoe.protocol.messages import RequestHeader, ResponseHeader, request_decoder, response_decoder
 from p2pmoe.rpc.base import Transport

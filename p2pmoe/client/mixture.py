@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from p2pmoe.client.beam_search import BeamSearch, Found, MaskCache, read_within
+from p2pmoe.client.calls import CallGroup
 from p2pmoe.client.directory import ExpertInfo
-from p2pmoe.client.exchange import CallGroup
 from p2pmoe.client.gating import ProductKeyGating, masked_softmax
 from p2pmoe.client.mixture_pass import MixtureOptions, MixturePasses, Route
 from p2pmoe.client.remote_expert import check_arguments

@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 from torch.autograd.function import once_differentiable
 
+from p2pmoe.client.calls import Call, CallGroup, make_call
 from p2pmoe.client.directory import ExpertInfo
-from p2pmoe.client.exchange import Call, CallGroup, make_call
 from p2pmoe.client.remote_expert import always_differentiable, fill_gradients, keep_outputs
 from p2pmoe.client.replies import check_finite
 from p2pmoe.client.routing import Routing

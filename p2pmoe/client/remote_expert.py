@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from p2pmoe.client.calls import CallGroup, make_call
 from p2pmoe.client.directory import ExpertInfo
-from p2pmoe.client.exchange import CallGroup, make_call
 from p2pmoe.client.replies import check_finite, check_finite_async
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import (

@@ -12,8 +12,9 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from p2pmoe.client.calls import CallGroup
 from p2pmoe.client.directory import Directory, ExpertInfo
-from p2pmoe.client.exchange import CallGroup, Dispatcher
+from p2pmoe.client.exchange import Dispatcher
 from p2pmoe.client.trust import Trust
 from p2pmoe.client.verification import Verifier, VerifyOptions
 from p2pmoe.config import DHTConfig
@@ -232,12 +233,7 @@ class Swarm:
 
     def call(self, group: CallGroup, timeout_s: float) -> None:
         """Send a group and block until it is done or `timeout_s` has passed."""
-        dispatcher = self.dispatcher
-        dispatcher.submit(group)
-        try:
-            group.wait(timeout_s)
-        finally:
-            dispatcher.abandon(group)
+        self.dispatcher.call(group, timeout_s)
 
     async def call_async(self, group: CallGroup, timeout_s: float) -> None:
         """`call` from a coroutine of any loop."""

@@ -16,8 +16,8 @@ from typing import Final
 
 import torch
 
+from p2pmoe.client.calls import CallGroup, make_call
 from p2pmoe.client.directory import ExpertInfo
-from p2pmoe.client.exchange import CallGroup, make_call
 from p2pmoe.client.replies import check_finite, is_finite
 from p2pmoe.client.trust import Trust
 from p2pmoe.errors import ConfigError, P2PMoEError

@@ -237,6 +237,17 @@ class TensorSink:
                 self._offset = 0
         return taken
 
+    def room(self) -> memoryview:
+        """Memory of the tensor that comes next, as far as it is empty; none when all are full."""
+        return self._memories[-1][self._offset :] if self._memories else memoryview(b"")
+
+    def filled(self, count: int) -> None:
+        """`count` bytes were written to the `room`."""
+        self._offset += count
+        if self._offset == len(self._memories[-1]):
+            self._memories.pop()
+            self._offset = 0
+
     @property
     def full(self) -> bool:
         return not self._memories
@@ -282,6 +293,19 @@ class FrameReader(Generic[H]):
         """Hand over a received chunk. The previous one must have been used up (`next_event` gave None)."""
         assert not self._chunk, "feed() before the previous chunk was used up"
         self._chunk = memoryview(data)
+
+    def room(self) -> memoryview:
+        """Where the next bytes belong when they are those of a tensor, else nothing.
+
+        Whoever can receive straight into memory writes there and says how much it was with `filled`, in the place of
+        `feed`. Both once `next_event` gave None.
+        """
+        return self._sink.room() if self._sink is not None else memoryview(b"")
+
+    def filled(self, count: int) -> None:
+        """`count` bytes, more than none, were written to the `room`."""
+        assert self._sink is not None and not self._chunk
+        self._sink.filled(count)
 
     def feed_eof(self) -> None:
         """The stream ended. Raises DecodeError when it ended inside a frame."""

@@ -7,14 +7,15 @@ exists twice: service and doorkeeper in `server` and as fakes in tests; the tran
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from p2pmoe.protocol.frames import EncodedFrame, Frame
 from p2pmoe.protocol.messages import RequestHeader, ResponseHeader, TensorHeader
 from p2pmoe.protocol.sessions import SessionNonce, SessionRequest, SessionToken
+from p2pmoe.rpc.deadline import Deadline
 from p2pmoe.types import Caller, Endpoint
 
 Flat = tuple[torch.Tensor, ...]
@@ -103,3 +104,22 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Close every connection."""
+
+
+@runtime_checkable
+class BlockingTransport(Protocol):
+    """A transport that can also be used by a thread that has no event loop."""
+
+    def try_exchange(
+        self,
+        endpoint: Endpoint,
+        frames: Sequence[EncodedFrame],
+        inspect: Callable[[ResponseHeader], bool],
+        deadline: Deadline,
+    ) -> Generator[Frame[ResponseHeader], None, None] | None:
+        """`Transport.exchange` by the calling thread, which blocks meanwhile. Any thread; close the generator.
+
+        None when this cannot be had now (the peer is new, or wants a new session): use `exchange`.
+
+        Raises (also while the frames are read) as `exchange` does, and TimeoutError when the deadline has passed.
+        """

@@ -12,7 +12,8 @@ import torch
 from swarm_kit import WAIT_S, make_backend, open_world, serve_http
 
 import p2pmoe
-from p2pmoe.client.exchange import CallGroup, Dispatcher, make_call
+from p2pmoe.client.calls import CallGroup, make_call
+from p2pmoe.client.exchange import Dispatcher
 from p2pmoe.config import AccessConfig, HttpConfig, LimitsConfig
 from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.rpc.http.client import HttpTransport

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from itertools import chain
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any
 
 import aiohttp
@@ -16,8 +16,10 @@ from p2pmoe.errors import PeerUnreachableError
 from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import ResponseHeader, response_decoder
+from p2pmoe.rpc.deadline import Deadline
+from p2pmoe.rpc.http.blocking import IDLE_S, BlockingPosts
 from p2pmoe.rpc.http.client_sessions import ClientSessions
-from p2pmoe.rpc.http.direct import DirectPost, DirectResponse, joined
+from p2pmoe.rpc.http.direct import DirectPost, DirectResponse
 from p2pmoe.rpc.http.documents import (
     CONNECTION_ERRORS,
     WIRE_VERSION_HEADER,
@@ -28,6 +30,7 @@ from p2pmoe.rpc.http.documents import (
     unreachable,
 )
 from p2pmoe.rpc.http.tls import Pins
+from p2pmoe.rpc.http.writing import body_of, write_frames
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 _EXCHANGE_PATH = f"/p2pmoe/v{WIRE_VERSION}/exchange"
@@ -55,12 +58,6 @@ class FramesPayload(aiohttp.payload.Payload):
         await self.write(writer)
 
 
-async def write_frames(frames: Sequence[EncodedFrame], write: Callable[..., Any]) -> None:
-    """Small frames in one joined write, large tensor memory as it lies."""
-    for part in joined(chain.from_iterable(frame.buffers for frame in frames)):
-        await write(part)
-
-
 class HttpTransport:
     """Connections pooled per peer; one instance belongs to the event loop it is first used on.
 
@@ -82,9 +79,35 @@ class HttpTransport:
         self._posts: dict[Endpoint, DirectPost] = {}
         self._pins = Pins()
         self._sessions = ClientSessions(identity, swarm_key, self._post_document, clock=time.monotonic)
-        self.bytes_sent = 0
-        self.bytes_received = 0
-        self.exchanges = 0
+        self._headers = ((hdrs.CONTENT_TYPE, "application/octet-stream"), (WIRE_VERSION_HEADER, str(WIRE_VERSION)))
+        self._blocking = BlockingPosts(
+            _EXCHANGE_PATH,
+            self._headers,
+            self._limits,
+            self._pins,
+            self._sessions,
+            connect_timeout_s=connect_timeout_s,
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sweeping = False
+        self._bytes_sent = 0
+        self._bytes_received = 0
+        self._exchanges = 0
+
+    @property
+    def exchanges(self) -> int:
+        """HTTP exchanges begun."""
+        return self._exchanges + self._blocking.exchanges
+
+    @property
+    def bytes_sent(self) -> int:
+        """Of requests' bodies."""
+        return self._bytes_sent + self._blocking.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Of answers' bodies."""
+        return self._bytes_received + self._blocking.bytes_received
 
     def __repr__(self) -> str:
         return f"<HttpTransport: {self.exchanges} exchanges>"
@@ -93,7 +116,7 @@ class HttpTransport:
         self, endpoint: Endpoint, frames: Sequence[EncodedFrame], inspect: Callable[[ResponseHeader], bool]
     ) -> AsyncGenerator[Frame[ResponseHeader], None]:
         """See `Transport.exchange`."""
-        self.exchanges += 1
+        self._exchanges += 1
         response = await self._call(endpoint, frames)
         try:
             if response.status != 200:
@@ -101,7 +124,7 @@ class HttpTransport:
             reader: FrameReader[ResponseHeader] = FrameReader(response_decoder, self._limits)
             content = response.content
             while chunk := await content.readany():
-                self.bytes_received += len(chunk)
+                self._bytes_received += len(chunk)
                 reader.feed(chunk)
                 for frame in reader.accepted_frames(inspect):
                     yield frame
@@ -112,12 +135,28 @@ class HttpTransport:
             # An unread rest would be drained or block the connection for the next exchange: close it then.
             response.release() if response.content.at_eof() else response.close()
 
+    def try_exchange(
+        self,
+        endpoint: Endpoint,
+        frames: Sequence[EncodedFrame],
+        inspect: Callable[[ResponseHeader], bool],
+        deadline: Deadline,
+    ) -> Generator[Frame[ResponseHeader], None, None] | None:
+        """See `BlockingTransport.try_exchange`."""
+        if self._loop is None or self._loop.is_closed():
+            return None
+        if not self._sweeping:
+            self._sweeping = True
+            self._loop.call_soon_threadsafe(self._sweep_later)
+        return self._blocking.try_exchange(endpoint, frames, inspect, deadline)
+
     async def get_json(self, endpoint: Endpoint, path: str) -> Any:
         """See `Transport.get_json`."""
         return await fetch_json(self._open(), self._pins, endpoint, path)
 
     async def close(self) -> None:
         """See `Transport.close`."""
+        self._blocking.close()
         await self._sessions.close()
         if self._session is not None:
             await self._session.close()
@@ -128,8 +167,19 @@ class HttpTransport:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
+            self._loop = asyncio.get_running_loop()
             self._session = open_session(self._timeout, read_bufsize=_READ_BYTES)
         return self._session
+
+    def _sweep_later(self) -> None:
+        assert self._loop is not None
+        self._loop.call_later(IDLE_S / 2, self._sweep)
+
+    def _sweep(self) -> None:
+        """Once nothing is idle, the next exchange begins anew with looking."""
+        self._sweeping = bool(self._blocking.sweep())
+        if self._sweeping:
+            self._sweep_later()
 
     async def _post_document(self, endpoint: Endpoint, path: str, body: bytes) -> bytes:
         return await post_document(self._open(), self._pins, endpoint, path, body)
@@ -156,7 +206,7 @@ class HttpTransport:
 
     async def _post(self, endpoint: Endpoint, frames: Sequence[EncodedFrame], authorization: str | None) -> _Response:
         nbytes = sum(frame.nbytes for frame in frames)
-        self.bytes_sent += nbytes
+        self._bytes_sent += nbytes
         try:
             return await self._send(endpoint, frames, nbytes, authorization)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
@@ -176,7 +226,7 @@ class HttpTransport:
             payload = FramesPayload(frames)
             return await session.post(url, data=payload, headers=headers, ssl=context, allow_redirects=False)
         post = self._posts.get(endpoint) or self._prepare(session, endpoint)
-        return await post.send(chain.from_iterable(frame.buffers for frame in frames), nbytes, authorization)
+        return await post.send(body_of(frames), nbytes, authorization)
 
     def _prepare(self, session: aiohttp.ClientSession, endpoint: Endpoint) -> DirectPost:
         assert session.connector is not None
@@ -186,7 +236,7 @@ class HttpTransport:
             session.connector,
             URL(endpoint.url + _EXCHANGE_PATH),
             context=self._pins.context_for(endpoint),
-            headers=[(hdrs.CONTENT_TYPE, "application/octet-stream"), (WIRE_VERSION_HEADER, str(WIRE_VERSION))],
+            headers=self._headers,
             timeout=self._timeout,
             read_bufsize=_READ_BYTES,
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Iterable
-from typing import Final
 
 import aiohttp
 from aiohttp import hdrs
@@ -19,9 +18,7 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from p2pmoe.protocol.frames import Buffer
-
-JOIN_BYTES: Final = 64 * 1024  # below this one joined write beats several system calls
-SLICE_BYTES: Final = 256 * 1024  # asyncio copies what the socket does not take of one write; so little of it at a time
+from p2pmoe.rpc.http.writing import joined, post_head, with_length
 
 
 class DirectResponse:
@@ -81,9 +78,7 @@ class DirectPost:
         self._url = url
         # Says to the pool whose connection is wanted; it is never sent.
         self._request = aiohttp.ClientRequest(hdrs.METH_POST, url, loop=asyncio.get_running_loop(), ssl=context)
-        lines = [f"POST {url.raw_path_qs} HTTP/1.1", f"Host: {url.raw_authority}"]
-        lines += [f"{name}: {value}" for name, value in headers]
-        self._head = ("\r\n".join(lines) + "\r\n").encode("ascii")
+        self._head = post_head(url, headers)
 
     def __repr__(self) -> str:
         return f"<DirectPost {self._url}>"
@@ -93,14 +88,11 @@ class DirectPost:
 
         `authorization` is sent as that header: printable ASCII.
         """
-        head = b"%bContent-Length: %d\r\n" % (self._head, nbytes)
-        if authorization is not None:
-            head += b"Authorization: %b\r\n" % authorization.encode("ascii")
         connection = await self._connector.connect(self._request, [], self._timeout)
         try:
             protocol, transport = _ends(connection)
             protocol.set_response_params(auto_decompress=False, read_bufsize=self._read_bufsize)
-            for part in joined(buffers, bytearray(head + b"\r\n")):
+            for part in joined(buffers, with_length(self._head, nbytes, authorization)):
                 transport.write(part)
             while True:
                 message, body = await protocol.read()
@@ -118,20 +110,3 @@ def _ends(connection: aiohttp.connector.Connection) -> tuple[ResponseHandler, as
     if connection.protocol is None or connection.transport is None:
         raise aiohttp.ServerDisconnectedError
     return connection.protocol, connection.transport
-
-
-def joined(buffers: Iterable[Buffer], begin: bytearray | None = None) -> Iterable[Buffer]:
-    """What to write, in order: small buffers joined after `begin`, large tensor memory as it lies, in slices."""
-    together = begin or bytearray()
-    for buffer in buffers:
-        if len(buffer) <= JOIN_BYTES:
-            together += buffer
-            if len(together) < JOIN_BYTES:
-                continue
-        if together:
-            yield bytes(together)
-            together = bytearray()
-        for start in range(0, len(buffer), SLICE_BYTES) if len(buffer) > JOIN_BYTES else ():
-            yield memoryview(buffer)[start : start + SLICE_BYTES]
-    if together:
-        yield bytes(together)

@@ -12,7 +12,7 @@ import aiohttp
 from aiohttp import hdrs
 from yarl import URL
 
-from p2pmoe.errors import DecodeError, PeerIdentityError, PeerUnreachableError, call_error
+from p2pmoe.errors import CallError, DecodeError, PeerIdentityError, PeerUnreachableError, call_error
 from p2pmoe.protocol.messages import MAX_DOCUMENT_BYTES, decode_document
 from p2pmoe.rpc.http.tls import CertificateRefused, Pins
 from p2pmoe.types import WIRE_VERSION, Endpoint
@@ -121,24 +121,30 @@ async def _read_document(response: Response) -> bytes:
     return bytes(body)
 
 
-async def refusal(response: Response) -> Exception:
-    """The CallError for a status that refuses a request as a whole."""
+async def refusal(response: Response) -> CallError:
+    """The error for a status that refuses a request as a whole."""
     try:
-        message = str(decode_document(await _read_document(response))["error"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        message = f"{response.url} answered {response.status} {response.reason or ''}"
+        body = await _read_document(response)
+    except DecodeError:
+        body = b""
     retry_after = response.headers.get(hdrs.RETRY_AFTER, "")
-    return call_error(
-        response.status, message, float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
-    )
+    return refusal_of(str(response.url), response.status, response.reason, retry_after, body)
+
+
+def refusal_of(url: str, status: int, reason: str | None, retry_after: str, body: bytes) -> CallError:
+    """The same from the parts of an answer, its `Retry-After` header among them."""
+    try:
+        message = str(decode_document(body)["error"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        message = f"{url} answered {status} {reason or ''}"
+    return call_error(status, message, float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None)
 
 
 def unreachable(endpoint: Endpoint, error: BaseException) -> PeerUnreachableError:
     """The error of ours for one of the HTTP library's."""
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        refused = error.certificate_error
-        if isinstance(refused, CertificateRefused):
-            return PeerIdentityError(f"{endpoint} was not called: {refused.error}")
+    refused = error.certificate_error if isinstance(error, aiohttp.ClientConnectorCertificateError) else error
+    if isinstance(refused, CertificateRefused):
+        return PeerIdentityError(f"{endpoint} was not called: {refused.error}")
     reason = str(error) or type(error).__name__
     if isinstance(error, asyncio.TimeoutError):
         reason = f"no answer in time ({reason})"

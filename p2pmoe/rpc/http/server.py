@@ -30,9 +30,7 @@ from p2pmoe.rpc.base import Doorkeeper, Service
 from p2pmoe.rpc.budget import SharedBudget
 from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
 from p2pmoe.rpc.http.admission import Admission, Ticket
-from p2pmoe.rpc.http.client import write_frames
 from p2pmoe.rpc.http.connection import Connection, ConnectionWatch
-from p2pmoe.rpc.http.direct import JOIN_BYTES
 from p2pmoe.rpc.http.documents import WIRE_VERSION_HEADER
 from p2pmoe.rpc.http.infer import infer
 from p2pmoe.rpc.http.listener import Listener
@@ -40,6 +38,7 @@ from p2pmoe.rpc.http.pace import PacedBody
 from p2pmoe.rpc.http.responses import SAFE_HEADERS, error_response, json_response
 from p2pmoe.rpc.http.sessions import Door
 from p2pmoe.rpc.http.tls import server_context
+from p2pmoe.rpc.http.writing import JOIN_BYTES, body_of, write_frames
 from p2pmoe.types import WIRE_VERSION, Caller
 
 _READ_BYTES = 1024 * 1024
@@ -364,7 +363,7 @@ class _Exchange:
 
     def _small_response(self, frames: list[EncodedFrame]) -> web.Response:
         """All results at once, as one body: headers and body leave in one write."""
-        body = b"".join(buffer for frame in frames for buffer in frame.buffers)
+        body = b"".join(body_of(frames))
         response = web.Response(body=body, headers=_FRAMES_HEADERS)
         if self._calls.broken:
             response.force_close()

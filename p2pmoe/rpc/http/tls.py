@@ -1,8 +1,8 @@
 """TLS 1.3 of both sides: how a server answers, which endpoints a caller may speak to, and the proof of the peer's key.
 
-The check is part of the handshake itself (an `ssl.SSLObject` that the pinned context makes), so that a connection whose
-peer cannot prove its key never exists for the HTTP library, and no byte of a request is sent on it. A context belongs
-to one key; the library's pool tells connections apart by their context, so that two peers behind one address never
+The check is part of the handshake itself (in the objects and sockets that the pinned context makes), so that a
+connection whose peer cannot prove its key never exists for the HTTP library, and no byte of a request is sent on it. A
+context belongs to one key; pools tell connections apart by their context, so that two peers behind one address never
 share one.
 """
 
@@ -67,16 +67,27 @@ class _PromptObject(ssl.SSLObject):
 
 
 class _PinnedObject(_PromptObject):
-    """The end of a caller that knows the peer's key."""
+    """The end of a caller that knows the peer's key, on an event loop."""
 
     def do_handshake(self) -> None:
         super().do_handshake()
-        context = self.context
-        assert isinstance(context, PinnedContext)
-        try:
-            check_certificate(self.getpeercert(binary_form=True), context.public_key, context.clock())
-        except PeerIdentityError as error:
-            raise CertificateRefused(error) from error
+        _check_peer(self.context, self.getpeercert(binary_form=True))
+
+
+class _PinnedSocket(ssl.SSLSocket):
+    """The same, for a thread that blocks."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        super().do_handshake(block)
+        _check_peer(self.context, self.getpeercert(binary_form=True))
+
+
+def _check_peer(context: ssl.SSLContext, certificate: bytes | None) -> None:
+    assert isinstance(context, PinnedContext)
+    try:
+        check_certificate(certificate, context.public_key, context.clock())
+    except PeerIdentityError as error:
+        raise CertificateRefused(error) from error
 
 
 def server_context() -> ssl.SSLContext:
@@ -98,7 +109,7 @@ class PinnedContext(ssl.SSLContext):
     def __new__(cls, public_key: bytes, clock: Callable[[], float] = time.time) -> Self:
         context: Self = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
         context.public_key, context.clock = public_key, clock
-        context.sslobject_class = _PinnedObject
+        context.sslobject_class, context.sslsocket_class = _PinnedObject, _PinnedSocket
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
         # No authority vouches for a peer and its address is no name: `_PinnedObject` checks what counts.
         context.check_hostname = False

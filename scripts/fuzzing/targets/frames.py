@@ -5,6 +5,7 @@ An input is `u16 chunking | frames`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -12,9 +13,9 @@ import torch
 from fuzzing.target import KIB, MIB, Target
 from fuzzing.targets.kit import EchoService, chunks
 from fuzzing.targets.kit_loop import StepLoop
-from p2pmoe.client.exchange import make_call
+from p2pmoe.client.calls import make_call
 from p2pmoe.errors import CallError, DecodeError
-from p2pmoe.protocol.frames import FrameLimits, FrameReader, describe_tensors, encode_frame
+from p2pmoe.protocol.frames import Frame, FrameLimits, FrameReader, describe_tensors, encode_frame
 from p2pmoe.protocol.messages import (
     RequestHeader,
     RequestParameters,
@@ -86,18 +87,29 @@ def receive(data: bytes) -> str:
         call.check(header)
         return True
 
+    def frames() -> Iterator[Frame[ResponseHeader]]:
+        chunking = int.from_bytes(data[:2], "little")
+        for chunk in chunks(data[2:], chunking):
+            rest = chunk
+            while chunking % 2 and rest and (room := reader.room()):  # as a socket does that receives into tensors
+                count = min(len(room), len(rest))
+                room[:count] = rest[:count]
+                reader.filled(count)
+                rest = rest[count:]
+                yield from reader.accepted_frames(inspect)
+            reader.feed(rest)
+            yield from reader.accepted_frames(inspect)
+
     seen = []
-    for chunk in chunks(data[2:], int.from_bytes(data[:2], "little")):
-        reader.feed(chunk)
-        for frame in reader.accepted_frames(inspect):
-            try:
-                frame.header.raise_for_error()
-            except CallError as error:
-                if not str(error).isprintable() or len(str(error)) > 1000:
-                    raise AssertionError("a stranger's words reach a terminal as they are") from error
-                seen.append(type(error).__name__)
-            else:
-                seen.append(f"{len(frame.tensors)}")
+    for frame in frames():
+        try:
+            frame.header.raise_for_error()
+        except CallError as error:
+            if not str(error).isprintable() or len(str(error)) > 1000:
+                raise AssertionError("a stranger's words reach a terminal as they are") from error
+            seen.append(type(error).__name__)
+        else:
+            seen.append(f"{len(frame.tensors)}")
     reader.feed_eof()
     return " ".join(seen[:6])
 

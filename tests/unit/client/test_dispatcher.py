@@ -9,7 +9,7 @@ import torch
 from swarm_kit import WAIT_S, Gate, make_backend, open_world, run_threads
 
 import p2pmoe
-from p2pmoe.client.exchange import CallGroup, make_call
+from p2pmoe.client.calls import CallGroup, make_call
 from p2pmoe.config import LimitsConfig
 
 

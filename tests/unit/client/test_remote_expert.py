@@ -601,7 +601,7 @@ def test_too_many_calls_for_the_node_say_so() -> None:
     with open_world({"alice": [make_backend("ffn.0")]}) as world:
         world.network.register(ALICE, world.alice.handlers, max_calls=1)
         expert = world.swarm.expert("ffn.0")
-        from p2pmoe.client.exchange import CallGroup, make_call
+        from p2pmoe.client.calls import CallGroup, make_call
 
         provider = world.swarm.run(world.swarm.find_providers("ffn.0"))[0]
         info = expert.info

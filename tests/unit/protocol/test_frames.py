@@ -42,18 +42,38 @@ FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
 SMALL = FrameLimits(header_bytes=2048, body_bytes=4096, tensors=4, rank=4)
 
 
-def read(data: bytes, cuts: list[int] | None = None, limits: FrameLimits = SMALL, skip: bool = False) -> list[Any]:
-    """Events of a request stream that arrives in pieces; the stream's error stands at the end."""
+def read(
+    data: bytes,
+    cuts: list[int] | None = None,
+    limits: FrameLimits = SMALL,
+    skip: bool = False,
+    straight: bool = False,
+) -> list[Any]:
+    """Events of a request stream that arrives in pieces; the stream's error stands at the end.
+
+    `straight` writes what belongs to a tensor into its memory, as a socket does that receives there.
+    """
     reader = FrameReader(request_decoder, limits)
     events: list[Any] = []
     bounds = [0, *sorted(cuts or []), len(data)]
+
+    def collect() -> None:
+        while (event := reader.next_event()) is not None:
+            events.append(event)
+            if skip and isinstance(event, HeaderReceived):
+                reader.skip()
+
     try:
         for start, end in itertools.pairwise(bounds):
-            reader.feed(data[start:end])
-            while (event := reader.next_event()) is not None:
-                events.append(event)
-                if skip and isinstance(event, HeaderReceived):
-                    reader.skip()
+            piece = data[start:end]
+            while straight and piece and (room := reader.room()):
+                count = min(len(room), len(piece))
+                room[:count] = piece[:count]
+                reader.filled(count)
+                piece = piece[count:]
+                collect()
+            reader.feed(piece)
+            collect()
         reader.feed_eof()
     except DecodeError as error:
         events.append(error)
@@ -144,7 +164,7 @@ def test_every_dtype_shape_and_codec_survives_any_chunking(data: st.DataObject) 
         calls += call_bytes(*row, id=str(index), model_name="ffn.0")
         tensors.append(row)
     cuts = data.draw(st.lists(st.integers(0, len(calls)), max_size=12))
-    received = frames_of(read(calls, cuts, FrameLimits()))
+    received = frames_of(read(calls, cuts, FrameLimits(), straight=data.draw(st.booleans())))
     assert [frame.header.id for frame in received] == [str(index) for index in range(len(tensors))]
     for frame, row in zip(received, tensors, strict=True):
         assert len(frame.tensors) == len(row)
@@ -345,12 +365,12 @@ def streams(draw: st.DrawFn) -> bytes:
 
 
 @settings(max_examples=300)
-@given(stream=streams(), cuts=st.lists(st.integers(0, 600), max_size=10), skip=st.booleans())
-def test_any_bytes_give_values_or_a_typed_error(stream: bytes, cuts: list[int], skip: bool) -> None:
+@given(stream=streams(), cuts=st.lists(st.integers(0, 600), max_size=10), skip=st.booleans(), straight=st.booleans())
+def test_any_bytes_give_values_or_a_typed_error(stream: bytes, cuts: list[int], skip: bool, straight: bool) -> None:
     spy = Allocations()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", spy)
-        events = read(stream, [min(cut, len(stream)) for cut in cuts], skip=skip)
+        events = read(stream, [min(cut, len(stream)) for cut in cuts], skip=skip, straight=straight)
     assert spy.largest <= SMALL.body_bytes
     headers = sum(isinstance(event, HeaderReceived) for event in events)
     assert spy.total <= headers * SMALL.body_bytes
@@ -365,11 +385,13 @@ def test_any_bytes_give_values_or_a_typed_error(stream: bytes, cuts: list[int], 
 @given(st.binary(max_size=300), st.integers(1, 50))
 def test_the_chunking_never_changes_what_is_read(garbage: bytes, every: int) -> None:
     data = GOOD + garbage
-    whole, pieces = read(data), read(data, list(range(0, len(data), every)))
-    assert [type(event) for event in whole] == [type(event) for event in pieces]
-    assert [str(event) for event in whole if isinstance(event, P2PMoEError)] == [
-        str(event) for event in pieces if isinstance(event, P2PMoEError)
-    ]
+    whole = read(data)
+    for straight in (False, True):
+        pieces = read(data, list(range(0, len(data), every)), straight=straight)
+        assert [type(event) for event in whole] == [type(event) for event in pieces]
+        assert [str(event) for event in whole if isinstance(event, P2PMoEError)] == [
+            str(event) for event in pieces if isinstance(event, P2PMoEError)
+        ]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from frame_kit import BAD_HEADERS, call_bytes, raw_frame
 from swarm_kit import WAIT_S, make_backend, open_world
 
 from p2pmoe import BatchTensorProto
-from p2pmoe.client.exchange import Call, CallGroup, Dispatcher, make_call
+from p2pmoe.client.calls import Call, CallGroup, make_call
+from p2pmoe.client.exchange import Dispatcher
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import (
     CallError,
@@ -29,6 +31,7 @@ from p2pmoe.errors import (
 )
 from p2pmoe.protocol.frames import EncodedFrame, FrameLimits, describe_tensors, encode_frame
 from p2pmoe.protocol.messages import ResponseHeader
+from p2pmoe.rpc.deadline import Deadline
 from p2pmoe.rpc.http.client import HttpTransport
 from p2pmoe.types import Endpoint
 
@@ -82,18 +85,33 @@ async def serve() -> AsyncIterator[Callable[..., Awaitable[Endpoint]]]:
         await asyncio.wait(handlers, timeout=WAIT_S)
 
 
-@pytest.fixture
-async def transport() -> AsyncIterator[HttpTransport]:
-    transport = HttpTransport(FrameLimits(2048, 4096, 4, 4))
+class Way(HttpTransport):
+    """A transport whose exchanges all go the same way: over the event loop, or by a thread that blocks."""
+
+    blocks = False
+
+
+@pytest.fixture(params=["loop", "thread"])
+async def transport(request: pytest.FixtureRequest) -> AsyncIterator[Way]:
+    transport = Way(FrameLimits(2048, 4096, 4, 4))
+    transport.blocks = request.param == "thread"
+    transport._open()
     yield transport
     await transport.close()
 
 
-async def exchange(transport: HttpTransport, endpoint: Endpoint, inspect: Any = lambda header: True) -> list[Any]:
+async def exchange(transport: Way, endpoint: Endpoint, inspect: Any = lambda header: True) -> list[Any]:
     data = call_bytes(X, id="a")
+    frames = [EncodedFrame((data,), len(data))]
+
+    def block() -> list[Any] | None:
+        replies = transport.try_exchange(endpoint, frames, inspect, Deadline(time.monotonic() + WAIT_S))
+        return None if replies is None else list(replies)
+
     async with asyncio.timeout(WAIT_S):
-        replies = transport.exchange(endpoint, [EncodedFrame((data,), len(data))], inspect)
-        async with contextlib.aclosing(replies):
+        if transport.blocks and (received := await asyncio.to_thread(block)) is not None:
+            return received
+        async with contextlib.aclosing(transport.exchange(endpoint, frames, inspect)) as replies:
             return [frame async for frame in replies]
 
 
@@ -111,13 +129,13 @@ async def exchange(transport: HttpTransport, endpoint: Endpoint, inspect: Any = 
         b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 5000 + b"\r\n",
     ],
 )
-async def test_a_broken_http_answer_is_an_unreachable_peer(serve: Any, transport: HttpTransport, answer: bytes) -> None:
+async def test_a_broken_http_answer_is_an_unreachable_peer(serve: Any, transport: Way, answer: bytes) -> None:
     with pytest.raises((PeerUnreachableError, DecodeError)):
         await exchange(transport, await serve(answer))
 
 
 @pytest.mark.parametrize("bad", BAD_HEADERS)
-async def test_frames_that_are_none_are_decode_errors(serve: Any, transport: HttpTransport, bad: str) -> None:
+async def test_frames_that_are_none_are_decode_errors(serve: Any, transport: Way, bad: str) -> None:
     body = BAD_HEADERS[bad].replace(b'"inputs"', b'"outputs"')
     endpoint = await serve(whole(body))
     if bad == "negative timeout":  # no key of a result
@@ -128,13 +146,13 @@ async def test_frames_that_are_none_are_decode_errors(serve: Any, transport: Htt
 
 
 @pytest.mark.parametrize("body", [b"\xff" * 50, b"\x00" * 50, result("a", X)[:-1], b"\x01"])
-async def test_a_spoilt_stream_is_a_decode_error(serve: Any, transport: HttpTransport, body: bytes) -> None:
+async def test_a_spoilt_stream_is_a_decode_error(serve: Any, transport: Way, body: bytes) -> None:
     with pytest.raises(DecodeError):
         await exchange(transport, await serve(whole(body)))
 
 
 async def test_what_was_not_asked_for_is_never_allocated(
-    serve: Any, transport: HttpTransport, monkeypatch: pytest.MonkeyPatch
+    serve: Any, transport: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endpoint = await serve(whole(result("other", torch.ones(8, 8)) * 3))
     monkeypatch.setattr(torch, "empty", None)
@@ -155,7 +173,7 @@ async def test_what_was_not_asked_for_is_never_allocated(
 )
 @pytest.mark.parametrize("body", [b'{"error": "because"}', b"<html>", b"[" * 2000, b'{"error": 3}', b""])
 async def test_a_refusal_is_its_own_error(
-    serve: Any, transport: HttpTransport, status: str, kind: type[CallError], body: bytes
+    serve: Any, transport: Way, status: str, kind: type[CallError], body: bytes
 ) -> None:
     head = f"HTTP/1.1 {status}\r\nRetry-After: 7\r\nLocation: http://127.0.0.1:1/\r\n".encode()
     endpoint = await serve(whole(body, head))
@@ -167,14 +185,14 @@ async def test_a_refusal_is_its_own_error(
 
 
 @pytest.mark.parametrize("value", ["²", "-1", "soon", "Wed, 21 Oct 2015 07:28:00 GMT", ""])
-async def test_a_time_to_wait_that_is_none_is_ignored(serve: Any, transport: HttpTransport, value: str) -> None:
+async def test_a_time_to_wait_that_is_none_is_ignored(serve: Any, transport: Way, value: str) -> None:
     head = f"HTTP/1.1 429 Too Many\r\nRetry-After: {value}\r\n".encode()
     with pytest.raises(OverloadedError) as caught:
         await exchange(transport, await serve(whole(b"{}", head)))
     assert caught.value.retry_after_s is None
 
 
-async def test_an_endless_document_is_given_up(serve: Any, transport: HttpTransport) -> None:
+async def test_an_endless_document_is_given_up(serve: Any, transport: Way) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
     endpoint = await serve(whole(b'"' + b"x" * (5 * 1024 * 1024) + b'"', head))
     with pytest.raises(DecodeError):
@@ -182,13 +200,13 @@ async def test_an_endless_document_is_given_up(serve: Any, transport: HttpTransp
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 5000])
-async def test_a_document_that_is_none_is_a_decode_error(serve: Any, transport: HttpTransport, body: bytes) -> None:
+async def test_a_document_that_is_none_is_a_decode_error(serve: Any, transport: Way, body: bytes) -> None:
     endpoint = await serve(whole(body, b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"))
     with pytest.raises(DecodeError):
         await transport.get_json(endpoint, "/p2pmoe/v1/experts")
 
 
-async def test_a_connection_that_was_closed_meanwhile_is_opened_again(serve: Any, transport: HttpTransport) -> None:
+async def test_a_connection_that_was_closed_meanwhile_is_opened_again(serve: Any, transport: Way) -> None:
     """The peer closes a connection that it was expected to keep: the call is sent once more, on a new one."""
     endpoint = await serve(whole(result("a", X)))
     for _ in range(5):
@@ -199,7 +217,7 @@ async def test_a_connection_that_was_closed_meanwhile_is_opened_again(serve: Any
 @pytest.mark.parametrize(
     "endpoint", [Endpoint("127.0.0.1", 1), Endpoint("no.such.host.invalid", 80, "https", bytes(32))]
 )
-async def test_nobody_there(transport: HttpTransport, endpoint: Endpoint) -> None:
+async def test_nobody_there(transport: Way, endpoint: Endpoint) -> None:
     with pytest.raises(PeerUnreachableError, match="is the node up"):
         await exchange(transport, endpoint)
     with pytest.raises(PeerUnreachableError):
@@ -226,12 +244,16 @@ def make(endpoint: Endpoint, call_id: str = "a", *, output: int = 4) -> Call:
     return make_call(endpoint, "ffn.0", "forward", [X], protos, expected, timeout_s=5.0, call_id=call_id)
 
 
-async def dispatch(transport: HttpTransport, *calls: Call, timeout_s: float = WAIT_S) -> list[Any]:
+async def dispatch(transport: Way, *calls: Call, timeout_s: float = WAIT_S) -> list[Any]:
     dispatcher = Dispatcher(transport, asyncio.get_running_loop())
     group = CallGroup(calls)
-    dispatcher.submit(group)
-    await group.wait_async(timeout_s)
-    dispatcher.abandon(group)
+    if transport.blocks:
+        await asyncio.to_thread(dispatcher.call, group, timeout_s)
+        assert not dispatcher._started, "the thread left it to the loop"
+    else:
+        dispatcher.submit(group)
+        await group.wait_async(timeout_s)
+        dispatcher.abandon(group)
     await dispatcher.close()
     return group.results(timeout_s)
 
@@ -256,7 +278,7 @@ async def dispatch(transport: HttpTransport, *calls: Call, timeout_s: float = WA
     ],
 )
 async def test_only_the_answer_that_was_asked_for_counts(
-    serve: Any, transport: HttpTransport, body: bytes, error: type[P2PMoEError] | None
+    serve: Any, transport: Way, body: bytes, error: type[P2PMoEError] | None
 ) -> None:
     (outcome,) = await dispatch(transport, make(await serve(whole(body))))
     if error is None:
@@ -265,21 +287,22 @@ async def test_only_the_answer_that_was_asked_for_counts(
         assert isinstance(outcome, error)
 
 
-async def test_a_silent_server_is_a_deadline_error(serve: Any, transport: HttpTransport) -> None:
+async def test_a_silent_server_is_a_deadline_error(serve: Any, transport: Way) -> None:
     endpoint = await serve(OK + b"Transfer-Encoding: chunked\r\n\r\n", hang=True)
     (outcome,) = await dispatch(transport, make(endpoint), timeout_s=0.1)
     assert isinstance(outcome, DeadlineError)
 
 
-async def test_results_before_the_break_count(serve: Any, transport: HttpTransport) -> None:
+async def test_results_before_the_break_count(serve: Any, transport: Way) -> None:
     endpoint = await serve(OK + b"Content-Length: 1000\r\n\r\n" + result("a", X))
     first, second = await dispatch(transport, make(endpoint, "a"), make(endpoint, "b"))
     assert torch.equal(first[0], X)
     assert isinstance(second, PeerUnreachableError)
 
 
-async def test_a_closed_dispatcher_says_so(transport: HttpTransport) -> None:
+async def test_a_closed_dispatcher_says_so(transport: Way) -> None:
     dispatcher = Dispatcher(transport, asyncio.get_running_loop())
     await dispatcher.close()
-    with pytest.raises(ClosedError):
-        dispatcher.submit(CallGroup([make(Endpoint("127.0.0.1", 1))]))
+    for send in (dispatcher.submit, lambda group: dispatcher.call(group, WAIT_S)):
+        with pytest.raises(ClosedError):
+            send(CallGroup([make(Endpoint("127.0.0.1", 1))]))

@@ -1,0 +1,181 @@
+"""Calls: what is asked of one expert at one node, and the group of them that one caller waits for.
+
+Knows frames and endpoints; nothing of how calls travel, of experts' names, gradients or the DHT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from p2pmoe.errors import DeadlineError, DecodeError, P2PMoEError
+from p2pmoe.protocol.frames import EncodedFrame, describe_tensors, encode_frame
+from p2pmoe.protocol.messages import RequestHeader, RequestParameters, ResponseHeader, new_call_id
+from p2pmoe.protocol.schema import BatchTensorProto, format_tensor
+from p2pmoe.rpc.base import Flat
+from p2pmoe.rpc.doorbell import Doorbell, thread_doorbell
+from p2pmoe.types import Endpoint, Pass, PeerId
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call to one expert at one node, encoded."""
+
+    id: str
+    endpoint: Endpoint
+    uid: str
+    frame: EncodedFrame
+    expected: tuple[BatchTensorProto, ...]
+    rows: int
+    peer_id: PeerId | None = None
+    result: Flat | P2PMoEError | None = None
+    group: CallGroup | None = None
+    position: int = 0
+    is_finite: bool = False
+    """The result was looked at already, and holds neither NaN nor infinity."""
+
+    def check(self, header: ResponseHeader) -> None:
+        """That a reply has the tensors that were asked for, before memory is allocated. Raises DecodeError."""
+        received = tuple((tensor.datatype, tensor.shape) for tensor in header.outputs)
+        expected = tuple((proto.datatype, (self.rows, *proto.shape)) for proto in self.expected)
+        if header.code == 200 and received != expected:
+            shown = ", ".join(format_tensor(shape, datatype[:16]) for datatype, shape in received[:16])
+            wanted = ", ".join(format_tensor(shape, datatype) for datatype, shape in expected)
+            raise DecodeError(f"{self.uid} at {self.endpoint} answered ({shown}) instead of ({wanted})")
+        if header.model_name not in ("", self.uid):
+            raise DecodeError(f"{self.uid} at {self.endpoint} answered as {header.model_name[:64]!r}")
+        if header.code != 200 and received:
+            raise DecodeError(f"{self.uid} at {self.endpoint} answered an error with tensors")
+
+
+def make_call(
+    endpoint: Endpoint,
+    uid: str,
+    direction: Pass,
+    tensors: Sequence[torch.Tensor],
+    protos: Sequence[BatchTensorProto],
+    expected: tuple[BatchTensorProto, ...],
+    *,
+    timeout_s: float,
+    call_id: str | None = None,
+    peer_id: PeerId | None = None,
+) -> Call:
+    """Encode one call; `tensors` in wire order with the schemas `protos`, `expected` those of the result.
+
+    `peer_id` is whom to blame for what the endpoint answers.
+    """
+    headers, memories = describe_tensors(tensors, [proto.codec for proto in protos])
+    call_id = call_id or new_call_id()
+    header = RequestHeader(
+        id=call_id,
+        model_name=uid,
+        inputs=headers,
+        parameters=RequestParameters(direction=direction, timeout_ms=timeout_s * 1e3),
+    )
+    return Call(call_id, endpoint, uid, encode_frame(header, memories), expected, len(tensors[0]), peer_id)
+
+
+class CallGroup:
+    """Calls that one caller waits for together.
+
+    Args:
+        calls: what to send.
+        enough: told the position of every call that succeeded; True once the rest need not be waited for longer
+            than `grace_s`. None waits for all.
+    """
+
+    def __init__(
+        self, calls: Sequence[Call], *, enough: Callable[[int], bool] | None = None, grace_s: float | None = None
+    ) -> None:
+        self.calls = list(calls)
+        for position, call in enumerate(self.calls):
+            call.group, call.position = self, position
+        self._enough = enough
+        self._grace_s = grace_s
+        self._missing = len(self.calls)
+        self._grace: asyncio.TimerHandle | None = None
+        self._bell: Doorbell | None = None
+        self._ring: Callable[[Doorbell], object] = Doorbell.ring
+        self._leave: Callable[[Doorbell], object] | None = None
+        self._opened = False
+        self._notify: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<CallGroup: {self._missing} of {len(self.calls)} calls unanswered>"
+
+    def wake_through(self, ring: Callable[[Doorbell], object], leave: Callable[[Doorbell], object]) -> None:
+        """How the waiting thread is woken, and whom it tells when it goes on."""
+        self._ring, self._leave = ring, leave
+
+    # -- for those who read the answers
+
+    def complete(self, call: Call, result: Flat | P2PMoEError) -> float | None:
+        """One call has its result. Gives the seconds after which `open` is due, once the rest may be given up."""
+        call.result = result
+        self._missing -= 1
+        if not self._missing:
+            self.open()
+        elif self._enough is not None and not isinstance(result, P2PMoEError) and self._enough(call.position):
+            self._enough = None
+            return self._grace_s
+        return None
+
+    def open_later(self, timer: asyncio.TimerHandle) -> None:
+        """A timer that opens the group; it is not needed once the group is open."""
+        self._grace = timer
+
+    def open(self) -> None:
+        """Let the caller go on."""
+        if self._opened:
+            return
+        self._opened = True
+        if self._grace is not None:
+            self._grace.cancel()
+        if self._bell is not None:
+            self._ring(self._bell)
+        if self._notify is not None:
+            self._notify()
+
+    # -- for the caller
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until every call is answered, the grace is over, or `timeout_s` has passed."""
+        self._bell = bell = thread_doorbell()
+        deadline = time.monotonic() + timeout_s
+        while not self._opened and (left_s := deadline - time.monotonic()) > 0:
+            bell.wait(left_s)  # may be a late ring of an earlier group: look again
+        if self._leave is not None:
+            self._leave(bell)
+
+    async def wait_async(self, timeout_s: float) -> None:
+        """The same from a coroutine of any loop."""
+        loop = asyncio.get_running_loop()
+        opened = loop.create_future()
+
+        def set_opened() -> None:
+            if not opened.done():
+                opened.set_result(None)
+
+        def notify() -> None:
+            with contextlib.suppress(RuntimeError):  # the caller's loop is closed
+                loop.call_soon_threadsafe(set_opened)
+
+        self._notify = notify
+        if not self._opened:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await opened
+
+    def results(self, timeout_s: float) -> list[Flat | P2PMoEError]:
+        """What is there now; a DeadlineError stands for each missing answer."""
+        return [
+            DeadlineError(f"{call.uid} at {call.endpoint} did not answer within {timeout_s:.3g} s")
+            if call.result is None
+            else call.result
+            for call in self.calls
+        ]
