@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
@@ -25,9 +24,9 @@ from p2pmoe.config import AccessConfig
 from p2pmoe.errors import AccessDeniedError, AuthenticationError, BadSignatureError, OverloadedError
 from p2pmoe.identity import SwarmKey, peer_id_of, verify
 from p2pmoe.protocol.sessions import SessionNonce, SessionRequest, SessionToken, session_bytes, swarm_proof
-from p2pmoe.server.quota import TokenBucket
+from p2pmoe.rpc.token_bucket import TokenBucket
 from p2pmoe.server.sessions import NONCE_LIFETIME_S, OWN_SHARE, Sessions
-from p2pmoe.types import Caller, PeerId
+from p2pmoe.types import Caller, PeerId, source_of
 
 MAX_REMEMBERED: Final = 4096
 """Tokens whose check is remembered, and addresses whose handshakes are."""
@@ -111,7 +110,7 @@ class Access:
         source = self._source(address)
         if wait_s := source.bucket.take(1.0, self._clock()):
             rate = self._config.sessions_per_s
-            error = OverloadedError(f"over {rate:g} session handshakes a second from {address_key(address)}; try later")
+            error = OverloadedError(f"over {rate:g} session handshakes a second from {source_of(address)}; try later")
             error.retry_after_s = wait_s
             raise error
         public_key, nonce = bytes.fromhex(request.public_key), bytes.fromhex(request.nonce)
@@ -166,7 +165,7 @@ class Access:
             )
 
     def _source(self, address: str) -> _Address:
-        key = address_key(address)
+        key = source_of(address)
         source = self._addresses.get(key)
         if source is None:
             rate = self._config.sessions_per_s
@@ -184,7 +183,7 @@ class Access:
         while peers and next(iter(peers.values())) <= now:
             peers.popitem(last=False)
         if peer_id not in peers and len(peers) >= self._config.max_peers_per_address:
-            return hashlib.sha256(address_key(address).encode()).digest()[: len(OWN_SHARE)]
+            return hashlib.sha256(source_of(address).encode()).digest()[: len(OWN_SHARE)]
         peers[peer_id] = now + self._sessions.lifetime_s
         peers.move_to_end(peer_id)
         return OWN_SHARE
@@ -192,18 +191,4 @@ class Access:
 
 @lru_cache(maxsize=MAX_REMEMBERED)
 def _anonymous(address: str) -> Caller:
-    return Caller(address_key(address))
-
-
-@lru_cache(maxsize=MAX_REMEMBERED)
-def address_key(address: str) -> str:
-    """What counts as one source: an IPv4 address, the /64 of an IPv6 address (one line has all of it)."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return address[:64]
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            return str(ip.ipv4_mapped)
-        return str(ipaddress.IPv6Network((int(ip) >> 64 << 64, 64)))
-    return str(ip)
+    return Caller(source_of(address))

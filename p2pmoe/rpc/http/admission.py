@@ -7,12 +7,11 @@ Rules, in this order; the first one broken refuses the connection with Overloade
 3. New ones come at `max_source_handshakes_per_s` from one source, `max_handshakes_per_s` from all; as many as rules 1
    and 2 allow may come at once after a pause, so that a caller can open its pool.
 
-A source is an IPv4 address or an IPv6 network of 64 bits: a home has as many addresses in it as it likes.
+A source is what `source_of` says: an IPv4 address or an IPv6 network.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,44 +19,10 @@ from typing import Final
 
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import OverloadedError
+from p2pmoe.rpc.token_bucket import TokenBucket
+from p2pmoe.types import source_of
 
 MAX_REMEMBERED_SOURCES: Final = 4096
-
-
-def source_of(host: str) -> str:
-    """What is counted together with this numeric address."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    if isinstance(address, ipaddress.IPv4Address):
-        return str(address)
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.ip_network((address, 64), strict=False))
-
-
-class Bucket:
-    """Tokens that come at a rate, at most `burst` of them."""
-
-    __slots__ = ("_burst", "_rate", "_tokens", "_updated")
-
-    def __init__(self, rate_per_s: float, burst: float, now: float) -> None:
-        self._rate, self._burst = rate_per_s, burst
-        self._tokens, self._updated = burst, now
-
-    def __repr__(self) -> str:
-        return f"<Bucket: {self._tokens:.1f} of {self._burst:.0f}>"
-
-    def take(self, now: float) -> bool:
-        """One token, if there is one."""
-        elapsed = max(0.0, now - self._updated)
-        self._tokens = min(self._burst, self._tokens + elapsed * self._rate)
-        self._updated = now
-        if self._tokens < 1.0:
-            return False
-        self._tokens -= 1.0
-        return True
 
 
 class Ticket:
@@ -86,8 +51,8 @@ class Admission:
         self._limits, self._clock = limits, clock
         self._open: dict[str, int] = {}
         self._total = 0
-        self._all = Bucket(limits.max_handshakes_per_s, max(1, limits.max_connections), clock())
-        self._sources: OrderedDict[str, Bucket] = OrderedDict()
+        self._all = TokenBucket(limits.max_handshakes_per_s, max(1, limits.max_connections), clock())
+        self._sources: OrderedDict[str, TokenBucket] = OrderedDict()
         self.refused = 0
 
     def __repr__(self) -> str:
@@ -122,17 +87,17 @@ class Admission:
             return f"{self._total} connections are open, limits.max_connections allows no more"
         if held >= limits.max_source_connections:
             return f"{source} has {held} connections open, limits.max_source_connections allows no more"
-        if not self._bucket(source, now).take(now):
+        if self._bucket(source, now).take(1.0, now):
             return f"{source} opens over limits.max_source_handshakes_per_s connections a second"
-        if not self._all.take(now):
+        if self._all.take(1.0, now):
             return "over limits.max_handshakes_per_s connections are opened a second"
         return None
 
-    def _bucket(self, source: str, now: float) -> Bucket:
+    def _bucket(self, source: str, now: float) -> TokenBucket:
         bucket = self._sources.get(source)
         if bucket is None:
             limits = self._limits
-            bucket = Bucket(limits.max_source_handshakes_per_s, max(1, limits.max_source_connections), now)
+            bucket = TokenBucket(limits.max_source_handshakes_per_s, max(1, limits.max_source_connections), now)
             self._sources[source] = bucket
             if len(self._sources) > MAX_REMEMBERED_SOURCES:
                 # Whoever has that many networks is bounded by the rate of all.

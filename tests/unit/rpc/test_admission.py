@@ -6,7 +6,8 @@ import pytest
 
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import OverloadedError
-from p2pmoe.rpc.http.admission import MAX_REMEMBERED_SOURCES, Admission, source_of
+from p2pmoe.rpc.http.admission import MAX_REMEMBERED_SOURCES, Admission
+from p2pmoe.types import source_of
 
 ALICE, BOB = "192.0.2.1", "192.0.2.2"
 

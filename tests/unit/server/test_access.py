@@ -14,9 +14,9 @@ from p2pmoe.config import AccessConfig
 from p2pmoe.errors import AccessDeniedError, AuthenticationError, OverloadedError
 from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.protocol.sessions import SessionNonce, SessionRequest, SessionToken, make_session_request
-from p2pmoe.server.access import MAX_REMEMBERED, Access, address_key
+from p2pmoe.server.access import MAX_REMEMBERED, Access
 from p2pmoe.server.sessions import NONCE_LIFETIME_S, Sessions
-from p2pmoe.types import Caller
+from p2pmoe.types import Caller, source_of
 
 NODE, ALICE, BOB, MALLORY = (Identity.from_seed(name.ljust(32, b"\0")) for name in (b"node", b"alice", b"bob", b"mal"))
 SWARM, OTHER_SWARM = SwarmKey(bytes(32)), SwarmKey(bytes(31) + b"\1")
@@ -67,7 +67,7 @@ def test_an_open_door_serves_the_anonymous_by_address() -> None:
     ],
 )
 def test_an_address_is_one_line_of_the_net(address: str, key: str) -> None:
-    assert address_key(address) == key
+    assert source_of(address) == key
 
 
 def test_a_nonce_opens_one_session() -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import OverloadedError
-from p2pmoe.server.quota import CallerQuota, TokenBucket
+from p2pmoe.rpc.token_bucket import TokenBucket
+from p2pmoe.server.quota import CallerQuota
 
 amounts = st.floats(0, 1e6, allow_nan=False)
 
