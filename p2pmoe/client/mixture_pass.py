@@ -206,7 +206,7 @@ class MixturePasses:
         self, way: Route, index: int, call: Call, result: Flat | P2PMoEError, tensors: Flat
     ) -> Flat | P2PMoEError:
         strict = self._options.detect_anomalies
-        if isinstance(result, P2PMoEError) or not (strict or self._swarm.check_finite):
+        if isinstance(result, P2PMoEError) or call.is_finite or not (strict or self._swarm.check_finite):
             return result
         start, end = way.routing.bounds[index]
         sent = [tensor[start:end] for tensor in tensors]

@@ -9,8 +9,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -61,6 +61,33 @@ class _Failed:
     error: P2PMoEError
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is asked of whichever provider answers; under one id, so that a backward call is applied once."""
+
+    uid: str
+    direction: Pass
+    tensors: Flat
+    protos: tuple[BatchTensorProto, ...]
+    expected: tuple[BatchTensorProto, ...]
+    id: str = field(default_factory=new_call_id)
+
+    def to(self, provider: Provider, timeout_s: float) -> CallGroup:
+        """The call to one provider."""
+        call = make_call(
+            provider.endpoint,
+            self.uid,
+            self.direction,
+            self.tensors,
+            self.protos,
+            self.expected,
+            timeout_s=timeout_s,
+            call_id=self.id,
+            peer_id=provider.peer_id,
+        )
+        return CallGroup([call])
+
+
 class RemoteExpert(nn.Module):
     """A module whose work is done by the providers of one uid.
 
@@ -103,7 +130,7 @@ class RemoteExpert(nn.Module):
         """Call the expert; [B, …] tensors in the structure of its schema, outputs in the structure of its outputs."""
         info = self.info
         tensors = check_arguments(self.uid, info, args, kwargs)
-        outputs = self._call("forward", tensors, info.inputs, info.outputs, self.forward_timeout_s)
+        outputs = self._call(self._forward_request(info, tensors), self.forward_timeout_s)
         return info.pack_outputs(self._attach(outputs, tensors))
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,19 +139,14 @@ class RemoteExpert(nn.Module):
             self._info = await self.swarm.run_async(self._fetch_info())
         info = self._info
         tensors = check_arguments(self.uid, info, args, kwargs)
-        outputs = await self._call_async("forward", tensors, info.inputs, info.outputs, self.forward_timeout_s)
+        outputs = await self._call_async(self._forward_request(info, tensors), self.forward_timeout_s)
         return info.pack_outputs(self._attach(outputs, tensors))
 
     def call_backward(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> Flat:
         """One backward pass: trains the expert, gives the gradients of every input. Flat, in wire order."""
         info = self.info
-        return self._call(
-            "backward",
-            (*inputs, *gradients),
-            info.inputs + info.outputs,
-            info.inputs,
-            self.backward_timeout_s,
-        )
+        request = _Request(self.uid, "backward", (*inputs, *gradients), info.inputs + info.outputs, info.inputs)
+        return self._call(request, self.backward_timeout_s)
 
     # -- private
 
@@ -142,28 +164,23 @@ class RemoteExpert(nn.Module):
         )
         return attached
 
-    def _call(
-        self,
-        direction: Pass,
-        tensors: Flat,
-        protos: tuple[BatchTensorProto, ...],
-        expected: tuple[BatchTensorProto, ...],
-        timeout_s: float,
-    ) -> Flat:
-        if not len(tensors[0]):
-            return tuple(proto.make_zeros(0) for proto in expected)
+    def _forward_request(self, info: ExpertInfo, tensors: Flat) -> _Request:
+        return _Request(self.uid, "forward", tensors, info.inputs, info.outputs)
+
+    def _call(self, request: _Request, timeout_s: float) -> Flat:
+        if not len(request.tensors[0]):
+            return tuple(proto.make_zeros(0) for proto in request.expected)
         provider = self._cached_provider()
         if provider is None:
-            return self.swarm.run(self._call_providers(direction, tensors, protos, expected, timeout_s), timeout_s + 1)
+            return self.swarm.run(self._call_providers(request, timeout_s), timeout_s + 1)
         started = time.monotonic()
-        call_id = new_call_id()
-        group = self._group(provider, direction, tensors, protos, expected, timeout_s, call_id)
+        group = request.to(provider, timeout_s)
         self.swarm.call(group, timeout_s)
         result = group.results(timeout_s)[0]
-        if self.swarm.check_finite and not isinstance(result, P2PMoEError) and not group.calls[0].is_finite:
-            result = check_finite(self._at(provider), result, tensors, expected) or result
+        if self._needs_look(result, group):
+            result = check_finite(self._at(provider), result, request.tensors, request.expected) or result
         if not isinstance(result, P2PMoEError):
-            self._offer(direction, provider, tensors, result)
+            self._offer(request, provider, result)
             return result
         left_s = timeout_s - (time.monotonic() - started)
         if not isinstance(result, _TRY_ANOTHER) or left_s <= 0:
@@ -171,41 +188,20 @@ class RemoteExpert(nn.Module):
             raise result
         if not isinstance(result, PeerUnreachableError):  # else it is asked once more
             self.swarm.note_failure(provider, result)
-        failed = _Failed(provider, result)
-        return self.swarm.run(
-            self._call_providers(direction, tensors, protos, expected, left_s, call_id, failed), left_s + 1
-        )
+        return self.swarm.run(self._call_providers(request, left_s, _Failed(provider, result)), left_s + 1)
 
-    async def _call_async(
-        self,
-        direction: Pass,
-        tensors: Flat,
-        protos: tuple[BatchTensorProto, ...],
-        expected: tuple[BatchTensorProto, ...],
-        timeout_s: float,
-    ) -> Flat:
-        if not len(tensors[0]):
-            return tuple(proto.make_zeros(0) for proto in expected)
-        work = self._call_providers(direction, tensors, protos, expected, timeout_s)
-        return await self.swarm.run_async(work, timeout_s + 1)
+    async def _call_async(self, request: _Request, timeout_s: float) -> Flat:
+        if not len(request.tensors[0]):
+            return tuple(proto.make_zeros(0) for proto in request.expected)
+        return await self.swarm.run_async(self._call_providers(request, timeout_s), timeout_s + 1)
 
-    async def _call_providers(
-        self,
-        direction: Pass,
-        tensors: Flat,
-        protos: tuple[BatchTensorProto, ...],
-        expected: tuple[BatchTensorProto, ...],
-        timeout_s: float,
-        call_id: str | None = None,
-        failed: _Failed | None = None,
-    ) -> Flat:
+    async def _call_providers(self, request: _Request, timeout_s: float, failed: _Failed | None = None) -> Flat:
         """Ask one provider after the other until one answers or the time is up. On the swarm's loop.
 
-        A provider whose connection broke is asked twice, `failed` counting as the first time. The call keeps its
-        id: a provider that has applied this backward already repeats its answer.
+        A provider whose connection broke is asked twice, `failed` counting as the first time; one that has applied
+        this backward already repeats its answer.
         """
         deadline = time.monotonic() + timeout_s
-        call_id = call_id or new_call_id()
         last = failed.error if failed else None
         asked_again = set[Provider]()
         lied = {failed.provider} if failed and isinstance(last, DecodeError) else set[Provider]()
@@ -216,13 +212,9 @@ class RemoteExpert(nn.Module):
             to_ask.extend(each for each in found if each not in to_ask and each not in lied)
             while to_ask and (left_s := deadline - time.monotonic()) > 0:
                 provider = to_ask.popleft()
-                group = self._group(provider, direction, tensors, protos, expected, left_s, call_id)
-                await self.swarm.call_async(group, left_s)
-                result = group.results(left_s)[0]
-                if self.swarm.check_finite and not isinstance(result, P2PMoEError):
-                    result = await check_finite_async(self._at(provider), result, tensors, expected) or result
+                result = await self._ask(request, provider, left_s)
                 if not isinstance(result, P2PMoEError):
-                    self._offer(direction, provider, tensors, result)
+                    self._offer(request, provider, result)
                     return result
                 last = result
                 if isinstance(result, DecodeError):
@@ -238,6 +230,19 @@ class RemoteExpert(nn.Module):
             if time.monotonic() + pause_s >= deadline or not isinstance(last, OverloadedError):
                 raise last or DeadlineError(f"{self.uid} did not answer within {timeout_s:.3g} s")
             await asyncio.sleep(pause_s)
+
+    async def _ask(self, request: _Request, provider: Provider, timeout_s: float) -> Flat | P2PMoEError:
+        """One provider's answer, looked at."""
+        group = request.to(provider, timeout_s)
+        await self.swarm.call_async(group, timeout_s)
+        result = group.results(timeout_s)[0]
+        if not self._needs_look(result, group):
+            return result
+        return await check_finite_async(self._at(provider), result, request.tensors, request.expected) or result
+
+    def _needs_look(self, result: Flat | P2PMoEError, group: CallGroup) -> TypeGuard[Flat]:
+        """Whether nobody has looked yet if the answer is finite."""
+        return self.swarm.check_finite and not isinstance(result, P2PMoEError) and not group.calls[0].is_finite
 
     async def _find_providers(self, last: P2PMoEError | None) -> tuple[Provider, ...]:
         try:
@@ -255,34 +260,11 @@ class RemoteExpert(nn.Module):
     def _at(self, provider: Provider) -> str:
         return f"{self.uid} at {provider.endpoint}"
 
-    def _offer(self, direction: Pass, provider: Provider, inputs: Flat, outputs: Flat) -> None:
+    def _offer(self, request: _Request, provider: Provider, outputs: Flat) -> None:
         """A call went through; the swarm may have it repeated by somebody else."""
         verifier = self.swarm.verifier
-        if verifier is not None and direction == "forward" and self._info is not None:
-            verifier.offer(provider, self.uid, self._info, inputs, outputs)
-
-    def _group(
-        self,
-        provider: Provider,
-        direction: Pass,
-        tensors: Flat,
-        protos: tuple[BatchTensorProto, ...],
-        expected: tuple[BatchTensorProto, ...],
-        timeout_s: float,
-        call_id: str,
-    ) -> CallGroup:
-        call = make_call(
-            provider.endpoint,
-            self.uid,
-            direction,
-            tensors,
-            protos,
-            expected,
-            timeout_s=timeout_s,
-            call_id=call_id,
-            peer_id=provider.peer_id,
-        )
-        return CallGroup([call])
+        if verifier is not None and request.direction == "forward" and self._info is not None:
+            verifier.offer(provider, self.uid, self._info, request.tensors, outputs)
 
 
 class _RemoteCall(torch.autograd.Function):

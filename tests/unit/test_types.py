@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from p2pmoe.config import parse_host_port
 from p2pmoe.errors import ConfigError
-from p2pmoe.types import Endpoint, format_host_port
+from p2pmoe.types import Endpoint, format_host_port, source_of
 
 
 def test_an_endpoint_carries_its_scheme_and_its_peers_key() -> None:
@@ -52,3 +52,20 @@ def test_any_text_is_an_address_or_a_config_error(text: str) -> None:
         return
     assert host
     assert 1 <= port <= 65535
+
+
+@pytest.mark.parametrize(
+    ("address", "source"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::9", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+        ("not an address", "not an address"),
+        ("x" * 1000, "x" * 64),
+    ],
+)
+def test_what_is_counted_together(address: str, source: str) -> None:
+    assert source_of(address) == source

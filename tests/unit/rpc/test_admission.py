@@ -7,7 +7,6 @@ import pytest
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import OverloadedError
 from p2pmoe.rpc.http.admission import MAX_REMEMBERED_SOURCES, Admission
-from p2pmoe.types import source_of
 
 ALICE, BOB = "192.0.2.1", "192.0.2.2"
 
@@ -70,18 +69,3 @@ def test_a_crowd_of_sources_takes_no_memory() -> None:
         admission.enter(f"10.{index >> 16}.{index >> 8 & 255}.{index & 255}").give_back()
     assert len(admission._sources) == MAX_REMEMBERED_SOURCES
     assert not admission._open
-
-
-@pytest.mark.parametrize(
-    ("host", "source"),
-    [
-        ("192.0.2.1", "192.0.2.1"),
-        ("::ffff:192.0.2.1", "192.0.2.1"),
-        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
-        ("2001:db8:1:2::9", "2001:db8:1:2::/64"),
-        ("fe80::1%eth0", "fe80::/64"),
-        ("not an address", "not an address"),
-    ],
-)
-def test_what_is_counted_together(host: str, source: str) -> None:
-    assert source_of(host) == source

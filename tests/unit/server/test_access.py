@@ -16,7 +16,7 @@ from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.protocol.sessions import SessionNonce, SessionRequest, SessionToken, make_session_request
 from p2pmoe.server.access import MAX_REMEMBERED, Access
 from p2pmoe.server.sessions import NONCE_LIFETIME_S, Sessions
-from p2pmoe.types import Caller, source_of
+from p2pmoe.types import Caller
 
 NODE, ALICE, BOB, MALLORY = (Identity.from_seed(name.ljust(32, b"\0")) for name in (b"node", b"alice", b"bob", b"mal"))
 SWARM, OTHER_SWARM = SwarmKey(bytes(32)), SwarmKey(bytes(31) + b"\1")
@@ -52,22 +52,6 @@ def test_an_open_door_serves_the_anonymous_by_address() -> None:
     access = make()
     assert access.identify(None, HOME) == Caller(HOME)
     assert access.identify(None, "192.0.2.8") != access.identify(None, HOME)
-
-
-@pytest.mark.parametrize(
-    ("address", "key"),
-    [
-        ("192.0.2.7", "192.0.2.7"),
-        ("::ffff:192.0.2.7", "192.0.2.7"),
-        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
-        ("2001:db8:1:2::9", "2001:db8:1:2::/64"),
-        ("fe80::1%eth0", "fe80::/64"),
-        ("", ""),
-        ("no address", "no address"),
-    ],
-)
-def test_an_address_is_one_line_of_the_net(address: str, key: str) -> None:
-    assert source_of(address) == key
 
 
 def test_a_nonce_opens_one_session() -> None:
