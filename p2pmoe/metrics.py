@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
@@ -67,6 +67,7 @@ class NodeMetrics:
         self._passes: dict[tuple[str, str], PassStats] = {}
         self.wire_bytes: Counter[tuple[str, str]] = Counter()
         """Tensor bytes by direction ("in", "out") and codec."""
+        self._counts: list[tuple[str, str, str, Callable[[], Mapping[str, float]]]] = []
         self.registry.register(self)  # a collector is anything with collect()
 
     def __repr__(self) -> str:
@@ -81,11 +82,22 @@ class NodeMetrics:
         gauge = Gauge(name, documentation, registry=self.registry)
         gauge.set_function(value)
 
+    def watch_counts(
+        self, name: str, documentation: str, label: str, values: Callable[[], Mapping[str, float]]
+    ) -> None:
+        """Counters that somebody else keeps, by the values of a label, read when they are scraped."""
+        self._counts.append((name, documentation, label, values))
+
     def collect(self) -> Iterable[Metric]:
         """For prometheus_client."""
         passes = list(self._passes.values())
         yield from self._counters(passes)
         yield self._wire()
+        for name, documentation, label, values in self._counts:
+            counter = CounterMetricFamily(name, documentation, labels=[label])
+            for value, count in values().items():
+                counter.add_metric([value], count)
+            yield counter
         labels = ["expert", "pass"]
         for name, documentation, part in (
             ("p2pmoe_queue_seconds", "Wait of a batch's oldest call for the device.", "queue_seconds"),

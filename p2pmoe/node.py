@@ -77,6 +77,7 @@ class Node:
         self._doorkeeper: Access | None = None
         self._dht: DHTNode | None = None
         self._endpoint: Endpoint | None = None
+        self._http: HttpServer | None = None
         self.directory: ExpertDirectory | None = None
         self.handlers: ExpertHandlers | None = None
         self.stage = "settings"
@@ -190,6 +191,7 @@ class Node:
             doorkeeper=self._doorkeeper,
         )
         await server.start()
+        self._http = server
         parts.push_async_callback(server.close)
         parts.push_async_callback(lambda: server.drain(self._drain_timeout_s))
         public_key = _started(self._identity).public_key
@@ -219,6 +221,32 @@ class Node:
         watch("p2pmoe_requests_waiting", "Calls queued.", lambda: sum(each.tasks_waiting for each in every))
         watch("p2pmoe_requests_running", "Calls on a device.", lambda: sum(each.tasks_running for each in every))
         watch("p2pmoe_dht_peers", "Peers in the routing table.", lambda: self.dht.peer_count)
+        http, dht = _started(self._http), self.dht
+        watch("p2pmoe_connections", "Open connections of callers.", lambda: http.admission.connections)
+        count = self.metrics.watch_counts
+        count("p2pmoe_connections_refused", "Connections turned away.", "reason", lambda: http.refusals)
+        count("p2pmoe_dht_datagrams", "Datagrams, and why some were dropped.", "what", lambda: _datagrams(dht))
+        count("p2pmoe_dht_records_refused", "Records not believed or not kept.", "reason", lambda: _records(dht))
+
+
+def _datagrams(dht: DHTNode) -> dict[str, int]:
+    stats = dht.stats()
+    return {
+        "in": stats.datagrams_in,
+        "out": stats.datagrams_out,
+        "malformed": stats.malformed,
+        "not_ours": stats.unopened,
+        "over_budget": stats.over_budget,
+    }
+
+
+def _records(dht: DHTNode) -> dict[str, int]:
+    stats = dht.stats()
+    return {
+        "not_stored": stats.records_refused,
+        "forged": stats.records_forged,
+        "undelegated": stats.records_undelegated,
+    }
 
 
 @contextlib.contextmanager

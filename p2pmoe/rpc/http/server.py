@@ -122,6 +122,15 @@ class HttpServer:
         self._watch.start()
         self._renew_certificate()
 
+    @property
+    def refusals(self) -> dict[str, int]:
+        """Connections that were turned away, by reason: a limit, a handshake that failed, a deadline that passed."""
+        return {
+            "limit": self.admission.refused,
+            "handshake": self._listener.failed_handshakes,
+            "deadline": self._watch.dropped,
+        }
+
     async def drain(self, timeout_s: float) -> None:
         """Wait until running requests are answered, at most `timeout_s`."""
         if self._running:
