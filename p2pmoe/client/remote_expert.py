@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -151,7 +151,12 @@ class RemoteExpert(nn.Module):
     # -- private
 
     async def _fetch_info(self) -> ExpertInfo:
-        return await self.swarm.expert_info(self.uid, await self.swarm.find_providers(self.uid))
+        providers = await self.swarm.find_providers(self.uid)
+        # Anybody may announce the uid with another schema; what most of them host is meant.
+        count = Counter(each.schema_digest for each in providers)
+        return await self.swarm.expert_info(
+            self.uid, sorted(providers, key=lambda each: count[each.schema_digest], reverse=True)
+        )
 
     def _attach(self, outputs: Flat, tensors: Flat) -> Flat:
         device = tensors[0].device
@@ -246,15 +251,28 @@ class RemoteExpert(nn.Module):
 
     async def _find_providers(self, last: P2PMoEError | None) -> tuple[Provider, ...]:
         try:
-            return await self.swarm.find_providers(self.uid)
+            found = await self.swarm.find_providers(self.uid)
         except ExpertNotFoundError:
             if last is None:
                 raise
             return ()  # the error that took the last provider out says more
+        fitting = self._fitting(found)
+        if not fitting and last is None:
+            raise ExpertNotFoundError(
+                f"{self.uid} is hosted with another schema than before by all {len(found)} providers; make this module "
+                f"anew with swarm.expert({self.uid!r})"
+            )
+        return fitting
+
+    def _fitting(self, providers: tuple[Provider, ...]) -> tuple[Provider, ...]:
+        """Those that host the schema which calls are made by."""
+        assert self._info is not None
+        digest = self._info.schema_digest
+        return tuple(each for each in providers if each.schema_digest == digest)
 
     def _cached_provider(self) -> Provider | None:
         children = self.swarm.directory.cached_prefix(self._prefix)
-        providers = self.swarm.trust.order(children.get(self._suffix, ())) if children else ()
+        providers = self._fitting(self.swarm.trust.order(children.get(self._suffix, ()))) if children else ()
         return providers[0] if providers else None
 
     def _at(self, provider: Provider) -> str:

@@ -565,6 +565,33 @@ def test_replicas_over_http_when_one_dies() -> None:
         assert world.bob.backends["ffn.0"].update_count == 1
 
 
+@pytest.mark.parametrize("carrier", ["memory", "http"])
+def test_a_stranger_with_another_schema_under_the_same_uid_is_not_asked(carrier: str) -> None:
+    """What most providers host is meant, whoever comes first; a call goes to those that fit it only."""
+    hosts = {"alice": [make_backend("ffn.0", dim=6)]} | {
+        name: [make_backend("ffn.0", lr=0.0)] for name in ("bob", "carol")
+    }
+    with open_world(hosts, carrier=carrier) as world:
+        expert = world.swarm.expert("ffn.0")
+        x = torch.randn(2, 4)
+        first = expert(x)
+        first.sum().backward()
+        world.bob.stop()
+        assert same_bits(expert(x), first)
+        assert world.alice.handlers.expert("ffn.0")["requests"] == 0
+
+
+def test_an_expert_that_was_replaced_by_another_says_so() -> None:
+    with open_world({"alice": [make_backend("ffn.0")], "bob": [make_backend("ffn.0", dim=6)]}) as world:
+        expert = world.swarm.expert("ffn.0")
+        expert.info  # noqa: B018 - whichever of the two; the other one remains
+        stays, goes = ("alice", "bob") if expert.info.inputs[0].shape == (6,) else ("bob", "alice")
+        world.directory.mark_unreachable(world.peers[goes].peer_id, 60.0)
+        with pytest.raises(ExpertNotFoundError, match="another schema"):
+            expert(torch.zeros(1, *expert.info.inputs[0].shape))
+        world.swarm.expert("ffn.0")(torch.zeros(1, 6 if stays == "bob" else 4))
+
+
 def test_all_replicas_dead_is_unreachable_and_comes_back() -> None:
     with open_world({"alice": [make_backend("ffn.0")]}) as world:
         expert = world.swarm.expert("ffn.0")
