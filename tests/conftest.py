@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -15,6 +16,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("p2pmoe", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("p2pmoe")
 torch.set_num_threads(1)  # the tests' own threads share the cores
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in the background so, and every process that a test starts would ignore Ctrl-C too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
