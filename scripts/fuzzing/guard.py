@@ -19,6 +19,8 @@ from fuzzing.target import KIB, Target
 
 SLACK_BYTES: Final = 512 * KIB
 """What Python itself takes for a call that fails: frames, tracebacks, messages."""
+WAITING: Final = 10.0
+"""How much longer than computing an input may wait."""
 _ROOT: Final = Path(__file__).parents[2]
 _CODE: Final = frozenset(
     {"pickle.find_class", "marshal.loads", "marshal.load", "exec", "compile", "import", "ctypes.dlopen",
@@ -134,7 +136,11 @@ class Guard:
 
 @contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """Raises TookTooLongError inside the block; where there are no alarms, the parent's watchdog has to do."""
+    """Raises TookTooLongError inside the block; where there are no alarms, the parent's watchdog has to do.
+
+    Seconds of computing: on a busy machine an input that is innocent may have to wait for its turn. Waiting itself
+    has an end too, a later one.
+    """
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -142,13 +148,16 @@ def _alarm(seconds: float) -> Iterator[None]:
     def ring(_signal: int, _frame: FrameType | None) -> None:
         raise TookTooLongError
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, WAITING * seconds)}
+    before = {each: signal.signal(each, ring) for each in timers}
+    for timer, after_s in timers.values():
+        signal.setitimer(timer, after_s)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for each, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(each, before[each])
 
 
 def _peak_resident_bytes() -> int:

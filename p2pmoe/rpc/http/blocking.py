@@ -168,13 +168,8 @@ class BlockingPosts:
                     pass
             link = self._connect(endpoint, peer, deadline)
             return link, self._ask(link, frames, head, deadline)
-        except TimeoutError:
-            deadline.left_s()  # says so when it is the deadline
-            raise unreachable(endpoint, TimeoutError("connecting took too long")) from None
-        except PeerUnreachableError:  # an OSError too
-            raise
         except _BROKEN as error:
-            raise unreachable(endpoint, error) from error
+            raise _reason(endpoint, error, deadline) from error
 
     def _idle_link(self, peer: _Peer) -> Link | None:
         while True:
@@ -241,12 +236,8 @@ class BlockingPosts:
                 raise ConnectionError(f"the connection was closed {response.length} bytes before the answer's end")
             reader.feed_eof()
             whole = not response.will_close
-        except TimeoutError:
-            raise
-        except PeerUnreachableError:
-            raise
         except _BROKEN as error:
-            raise unreachable(endpoint, error) from error
+            raise _reason(endpoint, error, link.deadline) from error
         finally:
             with self._lock:
                 self.bytes_received += received
@@ -257,10 +248,8 @@ class BlockingPosts:
         try:
             while len(body) <= MAX_DOCUMENT_BYTES and (chunk := response.read1(BUFFER_BYTES)):
                 body += chunk
-        except TimeoutError:
-            raise
         except _BROKEN as error:
-            return unreachable(endpoint, error)
+            return _reason(endpoint, error, link.deadline)
         finally:
             self._drop(link)
         retry_after = response.headers.get(hdrs.RETRY_AFTER, "")
@@ -279,3 +268,10 @@ class BlockingPosts:
     def _drop(self, link: Link) -> None:
         self._busy.discard(link)
         link.sock.close()
+
+
+def _reason(endpoint: Endpoint, error: Exception, deadline: Deadline) -> Exception:
+    """What to raise for a broken exchange: the system has time limits of its own, which are not the deadline."""
+    if isinstance(error, TimeoutError) and time.monotonic() >= deadline.at:
+        return TimeoutError("the deadline has passed")
+    return error if isinstance(error, PeerUnreachableError) else unreachable(endpoint, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any
@@ -147,7 +148,8 @@ class HttpTransport:
             return None
         if not self._sweeping:
             self._sweeping = True
-            self._loop.call_soon_threadsafe(self._sweep_later)
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                self._loop.call_soon_threadsafe(self._sweep_later)
         return self._blocking.try_exchange(endpoint, frames, inspect, deadline)
 
     async def get_json(self, endpoint: Endpoint, path: str) -> Any:
