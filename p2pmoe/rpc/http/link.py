@@ -90,7 +90,7 @@ class _Receiver(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         sock = self._link.sock
         sock.settimeout(self._link.deadline.left_s())
-        count = sock.recv_into(buffer)
+        count = sock.recv_into(buffer, len(buffer))  # over TLS the size is dear to find out
         if not count:
             self._link.ended = True
         return count
