@@ -11,8 +11,7 @@ import ctypes
 import sys
 from typing import Any
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-_LARGEST_KEPT_BYTES = 32 * 1024 * 1024  # glibc allows no more
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
 _KEPT_BYTES = 1024 * 1024 * 1024
 
 
@@ -32,7 +31,7 @@ def keep_freed_memory() -> None:
     """
     if _mallopt is not None:
         _mallopt(_M_ARENA_MAX, 1)
-        _mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
+        _mallopt(_M_MMAP_MAX, 0)  # a threshold for what is mapped by itself cannot be over 32 MiB
         _mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 

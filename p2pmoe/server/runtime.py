@@ -8,8 +8,6 @@ Knows pools and devices; nothing of experts, HTTP or schemas. A class has a thre
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import threading
 import time
@@ -23,6 +21,7 @@ from p2pmoe.rpc.doorbell import Doorbell
 from p2pmoe.server.devices import Device, Launched, Staged, open_device
 from p2pmoe.server.fair_queue import DeviceShares
 from p2pmoe.server.memory import keep_freed_memory, trim_memory
+from p2pmoe.server.outbox import Outbox, settle
 from p2pmoe.server.task_pool import Batch, BatchGate, Task, TaskPool
 
 logger = logging.getLogger(__name__)
@@ -53,6 +52,7 @@ class Runtime:
         self._pools: list[TaskPool] = []
         self._running = 0
         self._shares = DeviceShares()
+        self._outbox = Outbox(lambda: bool(self._running or self.tasks_waiting))
         self._computed_since_trim = True  # making experts leaves freed memory too
         self._thread: threading.Thread | None = None
         for pool in pools:
@@ -97,7 +97,8 @@ class Runtime:
                 self._bell.close()
             self._thread = None
         for pool in self._pools:
-            _deliver_error(pool.drain(), DrainingError(f"{pool.uid}: the node is shutting down"))
+            error = DrainingError(f"{pool.uid}: the node is shutting down")
+            settle([(task, error) for task in pool.drain()])
 
     def queued(self, pool: TaskPool) -> None:
         """See `Waker`."""
@@ -105,6 +106,7 @@ class Runtime:
 
     def wake(self) -> None:
         """See `Waker`."""
+        self._outbox.watch()
         if not self._rung:
             self._rung = True
             self._bell.ring()
@@ -129,11 +131,13 @@ class Runtime:
                 self._finish(device, launched, started)
             self._shares.charge(tasks, time.perf_counter() - started)
         if staged is not None:
-            _deliver_error(staged.batch.tasks, DrainingError("the node is shutting down"))
+            self._deliver_error(staged.batch.tasks, DrainingError("the node is shutting down"))
+        self._outbox.flush()
 
     def _wait_for_batch(self) -> Batch | None:
         batch, delay_s = self._take_now()
         if batch is None:
+            self._outbox.flush()
             self._rest(delay_s)
         return batch
 
@@ -191,7 +195,7 @@ class Runtime:
             batch.tasks = [task for task in batch.tasks if task not in refused]
             batch.rows -= sum(task.rows for task in refused)
             self._running -= len(refused)
-            _settle(list(refused), list(refused.values()))
+            self._outbox.put(list(refused), list(refused.values()), may_wait=False)
 
     def _launch(self, device: Device, staged: Staged) -> Launched | None:
         try:
@@ -210,7 +214,7 @@ class Runtime:
             return
         self._running -= len(batch.tasks)
         self._computed_since_trim = True
-        _deliver(batch.tasks, outputs, dict(spoilt))
+        self._deliver(batch, _split(batch.tasks, outputs, dict(spoilt)))
         self._observe(batch, time.perf_counter() - started, True)
 
     def _fail(self, device: Device, batch: Batch, error: BaseException) -> None:
@@ -224,7 +228,7 @@ class Runtime:
             torch.cuda.empty_cache()
         self._observe(batch, 0.0, False)
         reason = str(error).partition("\n")[0][:500]
-        _deliver_error(
+        self._deliver_error(
             batch.tasks, ExpertFailedError(f"{batch.pool.uid}: the expert failed: {type(error).__name__}: {reason}")
         )
 
@@ -235,7 +239,7 @@ class Runtime:
             if not isinstance(error, NonFiniteResultError):
                 return False
             if len(batch.tasks) == 1:
-                _deliver_error(batch.tasks, gate.failed_alone(batch.tasks[0], error))
+                self._deliver_error(batch.tasks, gate.failed_alone(batch.tasks[0], error))
                 self._observe(batch, 0.0, False)
                 return True
             parts = gate.split(batch)
@@ -259,6 +263,19 @@ class Runtime:
         if launched is not None:
             self._finish(device, launched, started)
 
+    def _deliver(self, batch: Batch, results: Sequence[Flat | CallError]) -> None:
+        """Results of callers all of whom wait for other experts too may go together with theirs."""
+        callers = {task.caller for task in batch.tasks}
+        for pool in list(self._waiting):
+            if not callers:
+                break
+            if pool is not batch.pool:
+                callers.difference_update(pool.callers())
+        self._outbox.put(batch.tasks, results, may_wait=not callers)
+
+    def _deliver_error(self, tasks: list[Task], error: CallError) -> None:
+        self._outbox.put(tasks, [error] * len(tasks), may_wait=False)
+
     def _observe(self, batch: Batch, seconds: float, succeeded: bool) -> None:
         if self._on_batch is None:
             return
@@ -268,37 +285,11 @@ class Runtime:
             logger.exception("%s: the observer of batches failed", batch.pool.uid)
 
 
-def _deliver(tasks: list[Task], outputs: Flat, spoilt: dict[Task, CallError]) -> None:
-    """Split the rows among the tasks and resolve their futures on their loop, in one crossing a loop."""
+def _split(tasks: list[Task], outputs: Flat, spoilt: dict[Task, CallError]) -> list[Flat | CallError]:
+    """Each task's rows, or its error."""
     if len(tasks) == 1:
         results: list[Flat] = [outputs]
     else:
         sizes = [task.rows for task in tasks]
         results = list(zip(*(torch.split(output, sizes) for output in outputs), strict=True)) or [()] * len(tasks)
-    if spoilt:
-        _settle(tasks, [spoilt.get(task, result) for task, result in zip(tasks, results, strict=True)])
-    else:
-        _settle(tasks, results)
-
-
-def _deliver_error(tasks: list[Task], error: CallError) -> None:
-    _settle(tasks, [error] * len(tasks))
-
-
-def _settle(tasks: list[Task], results: Sequence[Flat | CallError]) -> None:
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Task, Flat | CallError]]] = {}
-    for task, result in zip(tasks, results, strict=True):
-        by_loop.setdefault(task.future.get_loop(), []).append((task, result))
-    for loop, pairs in by_loop.items():
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(_set_results, pairs)
-
-
-def _set_results(pairs: list[tuple[Task, Flat | CallError]]) -> None:
-    for task, result in pairs:
-        if task.future.done():
-            continue
-        if isinstance(result, CallError):
-            task.future.set_exception(result)
-        else:
-            task.future.set_result(result)
+    return [spoilt.get(task, result) for task, result in zip(tasks, results, strict=True)]

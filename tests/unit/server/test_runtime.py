@@ -21,6 +21,7 @@ from p2pmoe.errors import (
     ExpiredCallError,
     NonFiniteResultError,
 )
+from p2pmoe.server import outbox
 from p2pmoe.server.task_pool import Batch, Task
 
 Flat = tuple[torch.Tensor, ...]
@@ -440,3 +441,28 @@ async def test_no_ring_is_lost_under_hammering(start: Callable[..., Runtime]) ->
         stop.set()
         ringer.join()
     assert runtime.tasks_waiting == runtime.tasks_running == 0
+
+
+@pytest.mark.parametrize(("second", "held"), [("alice", True), ("bob", False)])
+async def test_a_result_waits_only_for_other_calls_of_its_own_caller(
+    start: Callable[..., Runtime], device: Device, monkeypatch: pytest.MonkeyPatch, second: str, held: bool
+) -> None:
+    """Nobody waits for a stranger's batch; what waits goes with the last of its caller's results."""
+    monkeypatch.setattr(outbox, "HOLD_S", WAIT_S)
+    quick, slow = TaskPool(lambda x: (x,), uid="quick"), TaskPool(device, uid="slow")
+    device.go.clear()
+    runtime = Runtime([quick, slow])
+    first = quick.submit((torch.ones(1, 1),), caller="alice").future
+    last = slow.submit((torch.ones(1, 1),), caller=second).future
+    runtime.wake()  # on this loop, which looks after what is held
+    runtime.start()
+    try:
+        assert await asyncio.to_thread(device.begun.acquire, timeout=WAIT_S)
+        await asyncio.sleep(0.05)
+        assert first.done() != held
+        device.go.set()
+        async with asyncio.timeout(WAIT_S / 2):
+            await asyncio.gather(first, last)
+    finally:
+        device.go.set()
+        await asyncio.to_thread(runtime.close)
