@@ -83,10 +83,13 @@ def test_a_caller_that_left_keeps_nobody_from_waking() -> None:
             return left
 
         def stay() -> float:
+            durations, ends_at = [], time.monotonic() + WAIT_S / 2  # a busy machine gets through fewer than 100
             try:
-                return max(timed(expert, x) for _ in range(100))
+                while len(durations) < 100 and time.monotonic() < ends_at:
+                    durations.append(timed(expert, x))
             finally:
                 stop.set()
+            return max(durations)
 
         *left, longest = run_threads([leave] * 8 + [stay])
         assert sum(left) > 10
