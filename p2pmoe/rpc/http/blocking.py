@@ -107,7 +107,7 @@ class BlockingPosts:
         authorization = session.authorization if session else None
         nbytes = sum(frame.nbytes for frame in frames)
         link, response = self._post(endpoint, peer, frames, with_length(peer.head, nbytes, authorization), deadline)
-        if response.status == 401 and authorization is not None:  # the loop opens a new session
+        if response.status == 401 and self._sessions.covers(endpoint):  # the loop opens a new session
             self._drop(link)
             return None
         with self._lock:
@@ -121,8 +121,7 @@ class BlockingPosts:
         """Close connections that are idle for long; how many idle ones are left."""
         left = 0
         for peer in list(self._peers.values()):
-            while peer.idle:
-                link = peer.idle.popleft()  # the oldest
+            while (link := _oldest(peer.idle)) is not None:
                 if time.monotonic() - link.used_at < IDLE_S and not self._closed:
                     peer.idle.appendleft(link)
                     left += len(peer.idle)
@@ -268,6 +267,13 @@ class BlockingPosts:
     def _drop(self, link: Link) -> None:
         self._busy.discard(link)
         link.sock.close()
+
+
+def _oldest(idle: deque[Link]) -> Link | None:
+    try:
+        return idle.popleft()
+    except IndexError:  # another thread may have taken it since somebody looked
+        return None
 
 
 def _reason(endpoint: Endpoint, error: Exception, deadline: Deadline) -> Exception:

@@ -293,14 +293,17 @@ async def test_what_has_no_deadline_or_no_session_is_left_to_the_loop(peer: Any)
     await transport.close()
 
 
-async def test_a_session_that_the_node_forgot_is_left_to_the_loop(peer: Any) -> None:
+@pytest.mark.parametrize("authorization", ["Bearer old", None])
+async def test_a_session_that_the_node_forgot_or_wants_now_is_left_to_the_loop(
+    peer: Any, authorization: str | None
+) -> None:
     there = peer(whole(b'{"error": "who are you"}', "401 Unauthorized"))
     endpoint = there.endpoint.with_public_key(bytes(32))
     transport = HttpTransport(identity=Identity.generate())
     transport._open()
     from p2pmoe.rpc.http.client_sessions import _Session
 
-    transport._sessions._sessions[endpoint] = _Session("Bearer old", time.monotonic() + 100)
+    transport._sessions._sessions[endpoint] = _Session(authorization, time.monotonic() + 100)
     assert await block(transport, endpoint) is None
     assert there.requests == 1
     await transport.close()
