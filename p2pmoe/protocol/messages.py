@@ -151,7 +151,6 @@ def decode_document(raw: bytes | bytearray) -> Any:
     # Each value but the first of its list or object follows a comma; commas in texts are counted too, to no harm.
     if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_DOCUMENT_VALUES:
         raise DecodeError(f"a document has more than {MAX_DOCUMENT_VALUES} values", code=413)
-    check_json_depth(raw)
     try:
         return msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
