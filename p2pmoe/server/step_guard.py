@@ -4,8 +4,8 @@
    `SAFE_NORM`.
 2. Under it the optimizers of `optimizers.py` cannot overflow float32 or bfloat16, and nothing more is read: squares
    stay under 1e24, and a sum of increments stops growing at 2^25 times the largest of them.
-3. Where that does not hold (float16, options that can divide by zero) parameters and state are copied, looked at after
-   the step, and put back when it spoilt them.
+3. Where that does not hold (float16, options that can divide by zero or run away) parameters and state are copied,
+   looked at after the step, and put back when it spoilt them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class StepGuard:
         except NonFiniteResultError:
             optimizer.zero_grad(set_to_none=True)  # whoever called step may not: the next one would be refused too
             raise
-        if self._verifies:
+        if self._verifies or _runs_away(optimizer):
             self._saved = _save(optimizer)
 
     def _scale_down(self, gradients: list[torch.Tensor]) -> None:
@@ -113,6 +113,11 @@ def _trained(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
 def _may_divide_by_zero(optimizer: torch.optim.Optimizer) -> bool:
     """`centered` subtracts two averages that rounding can leave below zero, and takes the root."""
     return any(group.get("eps", 1.0) <= 0.0 or bool(group.get("centered")) for group in optimizer.param_groups)
+
+
+def _runs_away(optimizer: torch.optim.Optimizer) -> bool:
+    """Weight decay times learning rate from 1 on can make parameters larger with every step, whatever the gradients."""
+    return any(float(group["lr"]) * float(group.get("weight_decay") or 0.0) >= 1.0 for group in optimizer.param_groups)
 
 
 def _save(optimizer: torch.optim.Optimizer) -> _Saved:

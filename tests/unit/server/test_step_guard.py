@@ -75,6 +75,22 @@ def test_no_sequence_of_gradients_makes_parameters_or_state_non_finite(
         assert all(map(is_finite, state_of(optimizer)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weight_decay_that_makes_parameters_grow_stops_before_infinity(dtype: torch.dtype) -> None:
+    """A learning rate of 1,000 with a decay of 0.1 multiplies parameters by -99 at every step, gradients or none."""
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0], dtype=dtype))
+    config = OptimizerConfig(name="sgd", lr=1e3, options={"momentum": 0.9, "weight_decay": 0.1})
+    optimizer = make_optimizer([parameter], config)
+    refused = 0
+    for _ in range(60):
+        try:
+            step(parameter, optimizer, 0.0)
+        except NonFiniteResultError:
+            refused += 1
+        assert all(map(is_finite, state_of(optimizer)))
+    assert refused
+
+
 def test_a_step_that_overflows_is_undone_to_the_bit() -> None:
     parameter = nn.Parameter(torch.ones(3, dtype=torch.float16))
     optimizer = torch.optim.SGD([parameter], lr=1e4, momentum=0.5)
