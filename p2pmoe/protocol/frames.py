@@ -231,10 +231,7 @@ class TensorSink:
             else:
                 memory[self._offset : self._offset + count] = data[taken : taken + count]
             taken += count
-            self._offset += count
-            if self._offset == len(memory):
-                self._memories.pop()
-                self._offset = 0
+            self.filled(count)
         return taken
 
     def room(self) -> memoryview:
