@@ -22,6 +22,7 @@ from p2pmoe.server.gate import exact_norm, is_finite, quick_norm
 
 SAFE_NORM = 1e12
 """Gradients of a larger total norm, after clipping, are not stepped with."""
+_LARGE_RATE = 1e12  # times SAFE_NORM, and 2^25 times that in a sum (rule 2), it is still under float32's 3e38
 _WIDE = (torch.float32, torch.float64, torch.bfloat16)
 
 _Saved = tuple[
@@ -116,8 +117,16 @@ def _may_divide_by_zero(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _runs_away(optimizer: torch.optim.Optimizer) -> bool:
-    """Weight decay times learning rate from 1 on can make parameters larger with every step, whatever the gradients."""
-    return any(float(group["lr"]) * float(group.get("weight_decay") or 0.0) >= 1.0 for group in optimizer.param_groups)
+    """Whether options can carry parameters to infinity from gradients that are in order.
+
+    Weight decay times learning rate from 1 on, and a momentum over 1, can make them larger with every step; a learning
+    rate that large, in one. An optimizer of the user's own need not have any of these.
+    """
+    for group in optimizer.param_groups:
+        rate, decay = float(group.get("lr", 1.0)), float(group.get("weight_decay") or 0.0)
+        if rate >= _LARGE_RATE or rate * decay >= 1.0 or float(group.get("momentum") or 0.0) > 1.0:
+            return True
+    return False
 
 
 def _save(optimizer: torch.optim.Optimizer) -> _Saved:

@@ -104,6 +104,40 @@ def test_a_step_that_overflows_is_undone_to_the_bit() -> None:
     assert is_finite(parameter)
 
 
+class WithoutOptions(torch.optim.Optimizer):
+    """What the least of a user's own optimizers has: no learning rate, no state."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data -= parameter.grad
+
+
+def test_an_optimizer_without_a_learning_rate_steps() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = WithoutOptions([parameter])
+    guard_steps(optimizer)
+    step(parameter, optimizer, 0.25)
+    assert torch.equal(parameter.detach(), torch.full((3,), 0.75))
+
+
+@pytest.mark.parametrize("options", [{"lr": 1e30}, {"lr": 0.1, "momentum": 1e6}])
+def test_options_that_run_away_stop_before_infinity(options: dict[str, float]) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], **options)
+    guard_steps(optimizer)
+
+    def many_steps() -> None:
+        for _ in range(20):
+            step(parameter, optimizer, 1e11)
+
+    with pytest.raises(NonFiniteResultError, match="as they were before"):
+        many_steps()
+    assert all(map(is_finite, state_of(optimizer)))
+
+
 def test_an_optimizer_of_the_users_own_is_guarded_once() -> None:
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = make_optimizer([parameter], OptimizerConfig(name="sgd", lr=1.0, clip_grad_norm=0.5))
