@@ -286,7 +286,7 @@ class FrameReader(Generic[H]):
     def __repr__(self) -> str:
         return f"<FrameReader: {len(self._chunk)} bytes unread, {self._skip_bytes} to skip>"
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: Buffer) -> None:
         """Hand over a received chunk. The previous one must have been used up (`next_event` gave None)."""
         assert not self._chunk, "feed() before the previous chunk was used up"
         self._chunk = memoryview(data)

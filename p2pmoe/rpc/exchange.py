@@ -11,6 +11,7 @@ from functools import partial
 
 from p2pmoe.errors import CallError, DecodeError, EncodeError, ExpertFailedError, OverloadedError, WireVersionError
 from p2pmoe.protocol.frames import (
+    Buffer,
     EncodedFrame,
     Frame,
     FrameLimits,
@@ -101,19 +102,21 @@ class ServerExchange:
         """Size of the results that wait to be taken."""
         return sum(frame.nbytes for frame in self._results)
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: Buffer) -> None:
         """Use up one received chunk; after a break nothing is read any more."""
-        if self.broken:
-            return
-        try:
+        if not self.broken:
             self._reader.feed(chunk)
-            while (event := self._reader.next_event()) is not None:
-                self._handle(event)
-        except DecodeError as error:
-            self.break_off(error)
-        self._service.flush()
-        if self._results:  # refusals need not wait for the rest of the request
-            self._wake()
+            self._advance()
+
+    def room(self) -> memoryview:
+        """Where the next bytes belong when they are those of a tensor, else nothing; see `FrameReader.room`."""
+        return self._reader.room()
+
+    def filled(self, count: int) -> None:
+        """`count` bytes, more than none, were received into the `room`."""
+        self._reader.filled(count)
+        if not self._reader.room():
+            self._advance()
 
     def feed_eof(self) -> None:
         """The request ended."""
@@ -146,6 +149,16 @@ class ServerExchange:
             future.cancel()
 
     # -- private
+
+    def _advance(self) -> None:
+        try:
+            while (event := self._reader.next_event()) is not None:
+                self._handle(event)
+        except DecodeError as error:
+            self.break_off(error)
+        self._service.flush()
+        if self._results:  # refusals need not wait for the rest of the request
+            self._wake()
 
     def _handle(self, event: HeaderReceived[RequestHeader] | FrameReceived[RequestHeader] | FrameRefused) -> None:
         if isinstance(event, FrameReceived):

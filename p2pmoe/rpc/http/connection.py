@@ -10,11 +10,14 @@ import asyncio
 import logging
 from typing import Any, cast
 
-from aiohttp import StreamReader, web
+from aiohttp import hdrs, web, web_protocol
+from aiohttp.http import HttpRequestParser
 
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import BadRequestError, TooLargeError
+from p2pmoe.rpc.exchange import ServerExchange
 from p2pmoe.rpc.http.admission import Ticket
+from p2pmoe.rpc.http.direct_body import DirectBody
 from p2pmoe.rpc.http.responses import error_response
 
 logger = logging.getLogger(__name__)
@@ -24,8 +27,6 @@ class Connection(web.RequestHandler):
     """Counts what arrives before a request's head is complete, and remembers since when something is awaited."""
 
     __slots__ = (
-        "_body",
-        "_busy",
         "_closing_since",
         "_head_bytes",
         "_limits",
@@ -40,23 +41,12 @@ class Connection(web.RequestHandler):
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self._watch, self._ticket, self._limits = watch, ticket, watch.limits
         self._head_bytes = 0
-        self._busy = False
-        self._body: StreamReader | None = None
         self.head_since: float | None = None
         """On the loop's clock: when the connection opened, or the first byte of a further request came."""
         self.stalled_since: float | None = None
         """When the caller stopped taking what we write."""
         self._closing_since: float | None = None
         self._link: asyncio.Transport | None = None
-
-    def begin_request(self, body: StreamReader) -> None:
-        """A request's head is complete; what arrives from now on is its body."""
-        self._busy, self._body = True, body
-        self.head_since, self._head_bytes = None, 0
-
-    def end_request(self) -> None:
-        """The answer is ready. The rest of the body, if any, is still its body."""
-        self._busy = False
 
     def overdue(self, now: float) -> str | None:
         """Why the connection must end, if it must."""
@@ -76,6 +66,29 @@ class Connection(web.RequestHandler):
         if self._link is not None:
             self._link.abort()
 
+    def receive_directly(self, request: web.Request, calls: ServerExchange, left: int) -> DirectBody | None:
+        """Receive the last `left` bytes of a request's body past the parser; None when that cannot be.
+
+        Everything before them must have been read.
+        """
+        content, transport = request.content, self.transport
+        unread = content.total_bytes != (request.content_length or 0) - left
+        if transport is None or unread or self._reading_paused or hdrs.UPGRADE in request.headers:
+            return None
+        try:
+            parser = self._another_parser()
+        except (AttributeError, TypeError):  # another version of the library: the long way works with all
+            return None
+
+        def give_back() -> None:
+            transport.set_protocol(self)
+            self._parser = parser
+            content.feed_eof()
+
+        body = DirectBody(self, calls, left, self._limits, give_back)
+        transport.set_protocol(body)
+        return body
+
     # -- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -92,13 +105,9 @@ class Connection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         requests = self._request_count
         super().data_received(data)
-        if self._busy:
-            return
         if self._request_count != requests:
             self.head_since, self._head_bytes = None, 0
-            self._body = None  # until `begin_request`; what else arrives before that is body or pipelined
-            self._busy = True
-        elif self._body is None or self._body.is_eof():
+        elif self._waiter is not None and not self._waiter.done():  # no request is being answered, and none is complete
             self._count_head(len(data))
 
     def pause_writing(self) -> None:
@@ -126,6 +135,20 @@ class Connection(web.RequestHandler):
         return error_response(BadRequestError(f"not a valid HTTP request: {reason[:256]}"))
 
     # -- private
+
+    def _another_parser(self) -> HttpRequestParser:
+        """For the next request: the one in use waits for a body of which it will see nothing more."""
+        return HttpRequestParser(
+            self,
+            self._loop,
+            self._read_bufsize,
+            max_line_size=self.max_line_size,
+            max_field_size=self.max_field_size,
+            max_headers=self.max_headers,
+            payload_exception=web_protocol.RequestPayloadError,
+            auto_decompress=False,
+            max_msg_queue_size=self._max_msg_queue_size,
+        )
 
     def _count_head(self, count: int) -> None:
         if self.head_since is None:

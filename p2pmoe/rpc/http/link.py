@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import socket
+import ssl
 import time
 from collections.abc import Iterable
 from http.client import BadStatusLine, HTTPResponse
@@ -15,6 +16,7 @@ from p2pmoe.rpc.deadline import Deadline
 
 BUFFER_BYTES: Final = 64 * 1024
 """What is read at once."""
+_TIMEOUT_AGE_S: Final = 0.05  # after which it is set anew
 _QUIET_S: Final = 0.5  # a connection that was used just now is not looked at before it is used again
 
 
@@ -90,7 +92,21 @@ class _Receiver(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         sock = self._link.sock
         sock.settimeout(self._link.deadline.left_s())
-        count = sock.recv_into(buffer, len(buffer))  # over TLS the size is dear to find out
+        if isinstance(sock, ssl.SSLSocket) and len(buffer) > BUFFER_BYTES:  # a tensor's memory; it will all come
+            count = _read_records(sock, memoryview(buffer))
+        else:
+            count = sock.recv_into(buffer, len(buffer))  # over TLS the size is dear to find out
         if not count:
             self._link.ended = True
         return count
+
+
+def _read_records(sock: ssl.SSLSocket, view: memoryview) -> int:
+    """Read one TLS record after the other, as long as the timeout that was set is about what is left."""
+    read: Any = sock.read  # its type does not know that it fills a memoryview too
+    count, size, until = 0, len(view), time.monotonic() + _TIMEOUT_AGE_S
+    while count < size and (received := read(size - count, view[count:])):
+        count += received
+        if time.monotonic() > until:
+            break
+    return count

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import hdrs, web
-from multidict import CIMultiDict
 
 from p2pmoe.config import HttpConfig, LimitsConfig
 from p2pmoe.errors import (
@@ -24,29 +23,25 @@ from p2pmoe.errors import (
 )
 from p2pmoe.identity import Identity
 from p2pmoe.identity.certificate import CertificateSource
-from p2pmoe.protocol.frames import EncodedFrame, FrameLimits
+from p2pmoe.protocol.frames import FrameLimits
 from p2pmoe.protocol.messages import version_mismatch
 from p2pmoe.rpc.base import Doorkeeper, Service
 from p2pmoe.rpc.budget import SharedBudget
-from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
 from p2pmoe.rpc.http.admission import Admission, Ticket
+from p2pmoe.rpc.http.answering import AnsweredExchange
 from p2pmoe.rpc.http.connection import Connection, ConnectionWatch
 from p2pmoe.rpc.http.documents import WIRE_VERSION_HEADER
 from p2pmoe.rpc.http.infer import infer
 from p2pmoe.rpc.http.listener import Listener
-from p2pmoe.rpc.http.pace import PacedBody
 from p2pmoe.rpc.http.responses import SAFE_HEADERS, error_response, json_response
 from p2pmoe.rpc.http.sessions import Door
 from p2pmoe.rpc.http.tls import server_context
-from p2pmoe.rpc.http.writing import JOIN_BYTES, body_of, write_frames
-from p2pmoe.types import WIRE_VERSION, Caller
+from p2pmoe.types import WIRE_VERSION
 
 _READ_BYTES = 1024 * 1024
-_GATHER_S = 0.002
 _RENEWAL_CHECK_S = 60.0
 _MAX_FIELD_BYTES = 8190  # of the request line and of each header field
 _MAX_FIELDS = 64
-_FRAMES_HEADERS: CIMultiDict[str] = CIMultiDict({hdrs.CONTENT_TYPE: "application/octet-stream"})
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -202,9 +197,6 @@ class HttpServer:
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
-        connection = request.protocol
-        assert isinstance(connection, Connection)
-        connection.begin_request(request.content)
         try:
             self._check_version(request)
             if request.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
@@ -215,7 +207,6 @@ class HttpServer:
         except web.HTTPException as error:
             return json_response({"error": f"{request.method} {request.path}: {error.reason}"}, error.status)
         finally:
-            connection.end_request()
             self._running.discard(task)
 
     def _check_version(self, request: web.Request) -> None:
@@ -233,7 +224,7 @@ class HttpServer:
                 f"{self._limits.max_exchange_bytes}; split it"
             )
         budget = self._budget.of(caller.key)
-        return await _Exchange(request, caller, self._service, self._frame_limits, budget, self._limits).run()
+        return await AnsweredExchange(request, caller, self._service, self._frame_limits, budget, self._limits).run()
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
         caller = self._door.identify(request)
@@ -270,124 +261,6 @@ class HttpServer:
         self._door.check_admin(request)
         body, content_type = self._render_metrics()
         return web.Response(body=body, headers={**SAFE_HEADERS, hdrs.CONTENT_TYPE: content_type})
-
-
-class _Exchange:
-    """Drives one ServerExchange over one HTTP request."""
-
-    def __init__(
-        self,
-        request: web.Request,
-        caller: Caller,
-        service: Service,
-        frame_limits: FrameLimits,
-        budget: ByteBudget,
-        limits: LimitsConfig,
-    ) -> None:
-        self._request = request
-        self._limits = limits
-        self._wakeup = asyncio.Event()
-        self._calls = ServerExchange(
-            service, frame_limits, budget, max_calls=limits.max_calls_per_exchange, wake=self._wake, caller=caller
-        )
-        self._response: web.StreamResponse | None = None
-        self._all_read = False
-        self._gathering = False
-        self._writer: asyncio.Task[None] | None = None
-
-    async def run(self) -> web.StreamResponse:
-        try:
-            await self._read_calls()
-            self._all_read = True
-            self._wakeup.set()
-            # A result that came while the request was still arriving has started a writer task; else write here.
-            await (self._writer or self._write_results())
-        finally:
-            self._calls.close()
-            if self._writer is not None and not self._writer.done():
-                self._writer.cancel()
-                await asyncio.wait([self._writer])
-        assert self._response is not None
-        return self._response
-
-    def _wake(self) -> None:
-        if self._gathering and not self._complete:
-            return
-        self._wakeup.set()
-        if not self._all_read and self._writer is None:
-            self._writer = asyncio.get_running_loop().create_task(self._write_results())
-
-    async def _read_calls(self) -> None:
-        content, limits = self._request.content, self._limits
-        body = PacedBody(content, limits)
-        while not self._calls.broken:
-            try:
-                chunk = await body.read()
-            except BadRequestError as error:
-                self._calls.break_off(error)
-                return
-            if body.received > limits.max_exchange_bytes:
-                too_large = f"the exchange is over the limit of {limits.max_exchange_bytes} bytes; split it"
-                self._calls.break_off(TooLargeError(too_large))
-                return
-            if chunk:
-                self._calls.feed(chunk)
-            if content.at_eof():
-                self._calls.feed_eof()
-                return
-
-    @property
-    def _complete(self) -> bool:
-        return self._all_read and not self._calls.outstanding
-
-    async def _write_results(self) -> None:
-        while True:
-            if 0 < self._calls.result_bytes <= JOIN_BYTES and not self._complete:
-                await self._gather()
-            frames = self._calls.take_results()
-            complete = self._complete
-            if complete and self._response is None and sum(frame.nbytes for frame in frames) <= JOIN_BYTES:
-                self._response = self._small_response(frames)
-                return
-            if frames or complete:
-                response = self._response or await self._start_response(frames, complete)
-                await write_frames(frames, response.write)
-            if complete:
-                break
-            if not frames:
-                await self._wakeup.wait()
-                self._wakeup.clear()
-        await response.write_eof()
-
-    async def _gather(self) -> None:
-        """Wait a moment for more small results: each write wakes both ends' loops, on cores that could be computing."""
-        self._gathering = True
-        self._wakeup.clear()
-        timer = asyncio.get_running_loop().call_later(_GATHER_S, self._wakeup.set)
-        try:
-            await self._wakeup.wait()
-        finally:
-            timer.cancel()
-            self._gathering = False
-
-    def _small_response(self, frames: list[EncodedFrame]) -> web.Response:
-        """All results at once, as one body: headers and body leave in one write."""
-        body = b"".join(body_of(frames))
-        response = web.Response(body=body, headers=_FRAMES_HEADERS)
-        if self._calls.broken:
-            response.force_close()
-        return response
-
-    async def _start_response(self, frames: list[EncodedFrame], complete: bool) -> web.StreamResponse:
-        response = self._response = web.StreamResponse(headers=_FRAMES_HEADERS)
-        if self._calls.broken:
-            response.force_close()  # the rest of the request is unread
-        if complete:
-            response.content_length = sum(frame.nbytes for frame in frames)
-        else:
-            response.enable_chunked_encoding()
-        await response.prepare(self._request)
-        return response
 
 
 def _listen_error(config: HttpConfig, error: OSError) -> AddressInUseError:

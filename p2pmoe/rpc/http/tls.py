@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,20 +18,11 @@ from typing import Any, Final, Self
 from p2pmoe.errors import InsecureEndpointError, PeerIdentityError
 from p2pmoe.identity import peer_id_of
 from p2pmoe.identity.certificate import check_certificate
+from p2pmoe.rpc.http.scratch import SCRATCH_BYTES, scratch
 from p2pmoe.types import Endpoint, is_loopback
 
 MAX_CONTEXTS: Final = 1024
 _RECORD_BYTES: Final = 16384  # what one TLS record carries at most
-_GATHERED_BYTES: Final = 256 * 1024  # what asyncio asks for, and receives at once
-_local = threading.local()
-
-
-def _scratch() -> memoryview:
-    """Memory of this thread that is used and left within one call, whatever the number of connections."""
-    view: memoryview | None = getattr(_local, "view", None)
-    if view is None:
-        view = _local.view = memoryview(bytearray(_GATHERED_BYTES))
-    return view
 
 
 class CertificateRefused(ssl.SSLCertVerificationError):
@@ -46,19 +36,26 @@ class CertificateRefused(ssl.SSLCertVerificationError):
 class _PromptObject(ssl.SSLObject):
     """One end of a connection. Says goodbye without waiting until the other end does: a stranger might never."""
 
-    def read(self, len: int = _GATHERED_BYTES, buffer: Any = None) -> Any:  # noqa: A002 - the base class names it so
-        """As the base class, but `bytes` of many records at once instead of one record each."""
+    def read(self, len: int = SCRATCH_BYTES, buffer: Any = None) -> Any:  # noqa: A002 - the base class names it so
+        """As the base class, but many records at once instead of one record each."""
+        if buffer is not None:
+            return self._fill(memoryview(buffer)[:len], 1)
+        if len < SCRATCH_BYTES:
+            return super().read(len)
+        view = scratch()
+        return bytes(view[: self._fill(view, _RECORD_BYTES)])  # what is left of a record would cost one more read
+
+    def _fill(self, view: memoryview, least: int) -> int:
+        """Read while there is room for `least` bytes; how many came, 0 at the end of the stream."""
         read: Any = super().read  # its type does not know that it fills a memoryview too
-        if buffer is not None or len < _GATHERED_BYTES:
-            return read(len, buffer)
-        view, count = _scratch(), 0
+        count, room = 0, view.nbytes
         try:
-            while count <= _GATHERED_BYTES - _RECORD_BYTES and (received := read(_RECORD_BYTES, view[count:])):
+            while room - count >= least and (received := read(room - count, view[count:])):
                 count += received
         except ssl.SSLWantReadError:
             if not count:
                 raise
-        return bytes(view[:count])
+        return count
 
     def unwrap(self) -> None:
         # RFC 8446, 6.1: each side closes its own direction. The alert is on its way when reading is what is missing.

@@ -12,7 +12,7 @@ from p2pmoe.protocol.frames import Buffer, EncodedFrame
 
 JOIN_BYTES: Final = 64 * 1024
 """Below this one joined write beats several system calls."""
-_SLICE_BYTES: Final = 256 * 1024  # asyncio copies what the socket does not take of one write; so little of it at a time
+_SLICE_BYTES: Final = 512 * 1024  # asyncio copies what the socket does not take of one write; so little of it at a time
 
 
 def body_of(frames: Sequence[EncodedFrame]) -> Iterable[Buffer]:
