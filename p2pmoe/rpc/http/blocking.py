@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from typing import Final
 
 from aiohttp import hdrs
@@ -29,7 +29,7 @@ from p2pmoe.protocol.messages import MAX_DOCUMENT_BYTES, ResponseHeader, respons
 from p2pmoe.rpc.deadline import Deadline
 from p2pmoe.rpc.http.client_sessions import ClientSessions
 from p2pmoe.rpc.http.documents import refusal_of, unreachable
-from p2pmoe.rpc.http.link import BUFFER_BYTES, Link
+from p2pmoe.rpc.http.link import BUFFER_BYTES, Answer, Link
 from p2pmoe.rpc.http.tls import Pins
 from p2pmoe.rpc.http.writing import body_of, joined, post_head, with_length
 from p2pmoe.types import Endpoint
@@ -155,7 +155,7 @@ class BlockingPosts:
 
     def _post(
         self, endpoint: Endpoint, peer: _Peer, frames: Sequence[EncodedFrame], head: bytearray, deadline: Deadline
-    ) -> tuple[Link, HTTPResponse]:
+    ) -> tuple[Link, Answer]:
         try:
             link = self._idle_link(peer)
             if link is not None:
@@ -198,7 +198,7 @@ class BlockingPosts:
             raise PeerUnreachableError(f"{endpoint} is not called: the swarm was closed meanwhile")
         return link
 
-    def _ask(self, link: Link, frames: Sequence[EncodedFrame], head: bytearray, deadline: Deadline) -> HTTPResponse:
+    def _ask(self, link: Link, frames: Sequence[EncodedFrame], head: bytearray, deadline: Deadline) -> Answer:
         """Send a request; the answer, its head read."""
         try:
             return link.ask(joined(body_of(frames), bytearray(head), slice_bytes=None), deadline)
@@ -211,7 +211,7 @@ class BlockingPosts:
         endpoint: Endpoint,
         peer: _Peer,
         link: Link,
-        response: HTTPResponse,
+        response: Answer,
         inspect: Callable[[ResponseHeader], bool],
     ) -> Generator[Frame[ResponseHeader], None, None]:
         reader: FrameReader[ResponseHeader] = FrameReader(response_decoder, self._limits)
@@ -242,7 +242,7 @@ class BlockingPosts:
                 self.bytes_received += received
             self._give_back(peer, link) if whole else self._drop(link)
 
-    def _refusal(self, endpoint: Endpoint, peer: _Peer, link: Link, response: HTTPResponse) -> Exception:
+    def _refusal(self, endpoint: Endpoint, peer: _Peer, link: Link, response: Answer) -> Exception:
         body = bytearray()
         try:
             while len(body) <= MAX_DOCUMENT_BYTES and (chunk := response.read1(BUFFER_BYTES)):

@@ -10,36 +10,59 @@ import asyncio
 import logging
 from typing import Any, cast
 
-from aiohttp import hdrs, web, web_protocol
-from aiohttp.http import HttpRequestParser
+from aiohttp import StreamReader, hdrs, web, web_protocol
+from aiohttp.http import HttpRequestParser, RawRequestMessage
 
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import BadRequestError, TooLargeError
 from p2pmoe.rpc.exchange import ServerExchange
 from p2pmoe.rpc.http.admission import Ticket
 from p2pmoe.rpc.http.direct_body import DirectBody
+from p2pmoe.rpc.http.prompt_answer import PromptAnswer, PromptAnswers, is_one_call, is_plain_exchange
 from p2pmoe.rpc.http.responses import error_response
+from p2pmoe.types import Caller
 
 logger = logging.getLogger(__name__)
+
+# What prompt answers know of the library's protocol; with another version of it everything goes the long way.
+_KNOWN_NAMES = {"_waiter", "_messages", "_paused", "_close", "_keepalive_timeout", "_next_keepalive_close_time"}
+_KNOWN_LIBRARY = hasattr(HttpRequestParser, "message_consumed") and _KNOWN_NAMES.issubset(
+    name for each in web.RequestHandler.__mro__ for name in getattr(each, "__slots__", ())
+)
 
 
 class Connection(web.RequestHandler):
     """Counts what arrives before a request's head is complete, and remembers since when something is awaited."""
 
     __slots__ = (
+        "_address",
+        "_answer",
+        "_answers",
         "_closing_since",
         "_head_bytes",
         "_limits",
         "_link",
+        "_looking",
         "_ticket",
         "_watch",
         "head_since",
         "stalled_since",
     )
 
-    def __init__(self, server: web.Server, watch: ConnectionWatch, ticket: Ticket, **options: Any) -> None:
+    def __init__(
+        self,
+        server: web.Server,
+        watch: ConnectionWatch,
+        ticket: Ticket,
+        answers: PromptAnswers | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self._watch, self._ticket, self._limits = watch, ticket, watch.limits
+        self._answers = answers if _KNOWN_LIBRARY else None
+        self._answer: PromptAnswer | None = None
+        self._looking = False
+        self._address = ""
         self._head_bytes = 0
         self.head_since: float | None = None
         """On the loop's clock: when the connection opened, or the first byte of a further request came."""
@@ -94,20 +117,35 @@ class Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.head_since = asyncio.get_running_loop().time()
         self._link = cast("asyncio.Transport", transport)  # the base class forgets its own when it begins to close
+        if peer := transport.get_extra_info("peername"):
+            self._address = str(peer[0])
         self._watch.add(self)
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._watch.discard(self)
+        if self._answer is not None:
+            self._answer.cancel()
         self._ticket.give_back()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        requests = self._request_count
-        super().data_received(data)
+        if self._looking:  # the library asks for what its parser holds back whenever a body is read; that is nothing
+            return
+        waiter, requests = self._waiter, self._request_count
+        waits = waiter is not None and not waiter.done()
+        if waits:
+            self._waiter = None  # so that the library wakes nobody: we look at the request first
+        try:
+            super().data_received(data)
+        finally:
+            if waits:
+                self._waiter = waiter
         if self._request_count != requests:
             self.head_since, self._head_bytes = None, 0
-        elif self._waiter is not None and not self._waiter.done():  # no request is being answered, and none is complete
+            if waits and self._answer is None:
+                self._next_request()
+        elif waits and self._answer is None:  # no request is being answered, and none is complete
             self._count_head(len(data))
 
     def pause_writing(self) -> None:
@@ -134,7 +172,56 @@ class Connection(web.RequestHandler):
         reason = " ".join((message or "malformed").split())
         return error_response(BadRequestError(f"not a valid HTTP request: {reason[:256]}"))
 
+    def _process_keepalive(self) -> None:
+        if self._answer is None:
+            super()._process_keepalive()
+        else:
+            self._keepalive_handle = self._loop.call_later(self._keepalive_timeout, self._process_keepalive)
+
     # -- private
+
+    def _next_request(self) -> None:
+        """Answer the request that is complete, or let the library's task do it."""
+        answers = self._answers
+        if answers is not None and len(self._messages) == 1 and not self._paused and not self._reading_paused:
+            self._looking = True
+            try:
+                call = self._take_call(answers)
+            finally:
+                self._looking = False
+            if call is not None:
+                caller, body = call
+                assert self._link is not None
+                self._answer = PromptAnswer(answers, caller, self._link, self._end_answer)
+                self._answer.begin(body)
+        waiter = self._waiter
+        if self._messages and waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _take_call(self, answers: PromptAnswers) -> tuple[Caller, bytes] | None:
+        """The only request that is complete, if it is a single call; else it stays where it is."""
+        message, payload = self._messages[0]
+        if not isinstance(message, RawRequestMessage) or not payload.is_eof() or not is_plain_exchange(message):
+            return None
+        body = payload.read_nowait()
+        caller = answers.caller_of(message.headers, self._address, len(body)) if is_one_call(body) else None
+        if caller is None:
+            again = StreamReader(self, self._read_bufsize, loop=self._loop)
+            again.feed_data(body)
+            again.feed_eof()
+            self._messages[0] = message, again
+            return None
+        self._messages.clear()
+        cast("Any", self._parser).message_consumed()  # its type is that of another parser
+        return caller, body
+
+    def _end_answer(self, last: bool) -> None:
+        self._answer = None
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        if last or self._close:
+            self.force_close()
+        elif self._messages:
+            self._next_request()
 
     def _another_parser(self) -> HttpRequestParser:
         """For the next request: the one in use waits for a body of which it will see nothing more."""

@@ -13,6 +13,9 @@ from typing import Any, Final, cast
 
 from p2pmoe.protocol.frames import Buffer
 from p2pmoe.rpc.deadline import Deadline
+from p2pmoe.rpc.http.plain_answer import PlainAnswer, recognize
+
+Answer = HTTPResponse | PlainAnswer
 
 BUFFER_BYTES: Final = 64 * 1024
 """What is read at once."""
@@ -40,24 +43,22 @@ class Link:
             sock.settimeout(self.deadline.left_s())
             view = view[sock.send(view) :]
 
-    def ask(self, parts: Iterable[Buffer], deadline: Deadline) -> HTTPResponse:
+    def ask(self, parts: Iterable[Buffer], deadline: Deadline) -> Answer:
         """Send a request; the answer, its head read. Raises OSError, TimeoutError, HTTPException."""
         self.deadline, self.ended = deadline, False
         with contextlib.suppress(ConnectionError):  # a refusal may have come before the end of the request
             for part in parts:
                 self.send(part)
-        response = HTTPResponse(cast("socket.socket", self), method="POST")
+        stream: io.BufferedReader = io.BufferedReader(_Receiver(self), BUFFER_BYTES)
+        if (plain := recognize(stream)) is not None:
+            return plain
+        response = HTTPResponse(cast("socket.socket", _Opened(stream)), method="POST")
         response.begin()
         # The library takes the end of the connection for that of the head, and a bad length for none.
         unframed = response.length is None and not response.chunked
         if self.ended or (unframed and "Content-Length" in response.headers):
             raise BadStatusLine("the answer's head is malformed")
         return response
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """What `http.client` reads an answer from."""
-        assert mode == "rb"
-        return io.BufferedReader(_Receiver(self), BUFFER_BYTES)
 
     def is_usable(self) -> bool:
         """Whether an idle connection is open, and nothing came that nobody asked for."""
@@ -78,6 +79,17 @@ class Link:
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # below TLS
         except OSError:  # the other side was quicker
             pass
+
+
+class _Opened:
+    """What `http.client` takes for a socket, to read an answer from a stream that was begun already."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream = stream
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        assert mode == "rb"
+        return self._stream
 
 
 class _Receiver(io.RawIOBase):

@@ -33,6 +33,7 @@ from p2pmoe.rpc.http.connection import Connection, ConnectionWatch
 from p2pmoe.rpc.http.documents import WIRE_VERSION_HEADER
 from p2pmoe.rpc.http.infer import infer
 from p2pmoe.rpc.http.listener import Listener
+from p2pmoe.rpc.http.prompt_answer import EXCHANGE_PATH, PromptAnswers
 from p2pmoe.rpc.http.responses import SAFE_HEADERS, error_response, json_response
 from p2pmoe.rpc.http.sessions import Door
 from p2pmoe.rpc.http.tls import server_context
@@ -94,10 +95,12 @@ class HttpServer:
         )
         self._renewal: asyncio.TimerHandle | None = None
         self._running: set[asyncio.Task[Any]] = set()
+        self._answers = PromptAnswers(service, self._door, self._budget, self._frame_limits, limits)
         self.port = 0
 
     def __repr__(self) -> str:
-        return f"<HttpServer {self._config.host}:{self.port}: {len(self._running)} requests, {self._budget}>"
+        requests = len(self._running) + len(self._answers.running)
+        return f"<HttpServer {self._config.host}:{self.port}: {requests} requests, {self._budget}>"
 
     async def start(self) -> None:
         """Listen. Raises AddressInUseError when the port is taken or not allowed."""
@@ -128,8 +131,9 @@ class HttpServer:
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until running requests are answered, at most `timeout_s`."""
-        if self._running:
-            await asyncio.wait(self._running, timeout=timeout_s)
+        running = [*self._running, *(answer.ended() for answer in self._answers.running)]
+        if running:
+            await asyncio.wait(running, timeout=timeout_s)
 
     async def close(self) -> None:
         """Stop listening and close every connection."""
@@ -151,6 +155,7 @@ class HttpServer:
             self._runner.server,
             self._watch,
             ticket,
+            self._answers,
             access_log=None,
             keepalive_timeout=self._config.keepalive_timeout_s,
             max_line_size=field_bytes,
@@ -180,7 +185,7 @@ class HttpServer:
             )
         ]
         return [
-            web.post(f"/p2pmoe/v{WIRE_VERSION}/exchange", self._exchange),  # a plain path is found faster
+            web.post(EXCHANGE_PATH, self._exchange),  # a plain path is found faster
             web.post("/p2pmoe/{version:v[0-9]+}/exchange", self._exchange),
             web.get("/p2pmoe/{version:v[0-9]+}/experts", self._experts),
             web.get("/p2pmoe/{version:v[0-9]+}/experts/{uid}", self._expert),
@@ -217,7 +222,7 @@ class HttpServer:
                 raise WireVersionError(version_mismatch(version[:32]))
 
     async def _exchange(self, request: web.Request) -> web.StreamResponse:
-        caller = self._door.identify(request)
+        caller = self._door.identify(request.headers.get(hdrs.AUTHORIZATION), request.remote or "")
         if (request.content_length or 0) > self._limits.max_exchange_bytes:
             raise TooLargeError(
                 f"an exchange of {request.content_length} bytes is over the limit of "
@@ -227,7 +232,7 @@ class HttpServer:
         return await AnsweredExchange(request, caller, self._service, self._frame_limits, budget, self._limits).run()
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
-        caller = self._door.identify(request)
+        caller = self._door.identify(request.headers.get(hdrs.AUTHORIZATION), request.remote or "")
         return await infer(
             request, caller, self._service, self._limits, self._frame_limits, self._budget.of(caller.key)
         )
