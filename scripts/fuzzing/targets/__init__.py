@@ -11,6 +11,7 @@ _HOMES: Final = {
     "request_frames": "frames",
     "response_frames": "frames",
     "infer_bodies": "infer",
+    "connections": "connections",
     "records": "records",
     "bundles": "records",
     "datagrams": "datagrams",

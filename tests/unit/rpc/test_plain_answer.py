@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+from http.client import HTTPResponse
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from p2pmoe.rpc.http.plain_answer import recognize
 
@@ -99,3 +103,23 @@ def test_a_head_in_two_pieces_is_the_librarys() -> None:
 
 def test_it_prints_its_state() -> None:
     assert repr(recognize(stream(HEAD))) == "<PlainAnswer: 5 bytes unread>"
+
+
+@given(
+    st.binary(max_size=300)
+    | st.tuples(st.integers(0, len(HEAD)), st.integers(0, 4), st.binary(max_size=6)).map(
+        lambda edit: HEAD[: edit[0]] + edit[2] + HEAD[edit[0] + edit[1] :]
+    )
+)
+def test_what_is_recognized_the_library_reads_the_same_way(data: bytes) -> None:
+    source = stream(data + b"hello") if data else stream()
+    answer = recognize(source)
+    if answer is None:
+        assert source.peek(1) == (data + b"hello" if data else b"")
+        return
+    opened = SimpleNamespace(makefile=lambda mode: io.BytesIO(data + b"hello"))
+    response = HTTPResponse(opened, method="POST")  # type: ignore[arg-type]
+    response.begin()
+    assert (response.status, response.length, response.will_close) == (200, answer.length, False)
+    assert not response.chunked
+    assert response.read1(5) == answer.read1(5)
