@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
+import numpy as np
 import torch
 
 from p2pmoe.errors import DecodeError, EncodeError
@@ -42,6 +43,18 @@ Buffer = bytes | bytearray | memoryview
 H = TypeVar("H", RequestHeader, ResponseHeader)
 
 PREFIX = struct.Struct("<II")
+_SMALL_BYTES = 128 * 1024
+_ALIGNMENT = 64  # torch's own, without which a kernel may round otherwise
+_NUMPY_DTYPES: dict[torch.dtype, Any] = {
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.int64: np.int64,
+    torch.int32: np.int32,
+    torch.int16: np.int16,
+    torch.int8: np.int8,
+    torch.uint8: np.uint8,
+}
 _MAX_UINT32 = 2**32 - 1
 
 
@@ -203,6 +216,23 @@ def decoded_size(header: TensorHeader) -> int:
     return math.prod(header.shape) * DATATYPE_TO_DTYPE[header.datatype].itemsize
 
 
+def make_room(shape: Sequence[int], dtype: torch.dtype, size: int) -> tuple[torch.Tensor, memoryview]:
+    """A new tensor whose bytes will be received, and its memory, which is aligned: `size` bytes.
+
+    torch gives up the interpreter's lock to make a tensor, numpy does not: where many threads call, that costs more
+    than all the rest that is done for a small frame (docs/benchmarks.md).
+    """
+    wire_dtype = _NUMPY_DTYPES.get(dtype)
+    if wire_dtype is None or not 0 < size <= _SMALL_BYTES:
+        # Foreign BOOL bytes may be other than 0 and 1, which torch must never see in a bool tensor.
+        tensor = torch.empty(shape, dtype=torch.uint8 if dtype is torch.bool else dtype)
+        return tensor, tensor_memory(tensor)
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.__array_interface__["data"][0] % _ALIGNMENT
+    memory: Any = raw  # its type does not say that it is a buffer
+    return torch.from_numpy(np.ndarray(shape, wire_dtype, memory, start)), memoryview(memory)[start : start + size]
+
+
 class TensorSink:
     """Memory for the tensors of one accepted header, filled chunk by chunk; each tensor has aligned memory."""
 
@@ -211,11 +241,10 @@ class TensorSink:
         self._tensors: list[torch.Tensor] = []
         self._memories: list[memoryview] = []
         for header, (dtype, size) in zip(headers, sizes, strict=True):
-            # Foreign BOOL bytes may be other than 0 and 1, which torch must never see in a bool tensor.
-            tensor = torch.empty(header.shape, dtype=torch.uint8 if dtype is torch.bool else dtype)
+            tensor, memory = make_room(header.shape, dtype, size)
             self._tensors.append(tensor)
             if size:
-                self._memories.append(tensor_memory(tensor))
+                self._memories.append(memory)
         if len(self._memories) > 1:
             self._memories.reverse()
         self._offset = 0

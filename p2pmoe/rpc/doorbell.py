@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
+import sys
 import threading
 import time
 from collections import deque
@@ -15,6 +17,7 @@ from typing import Final
 
 RELAY_PATIENCE_S: Final = 0.002
 
+_TIMEVAL: Final = struct.Struct("@ll") if sys.platform in ("linux", "darwin") else None
 _LONGEST_WAIT_S = 1.0  # so that waits of all lengths share one timeout of the socket
 
 
@@ -24,6 +27,7 @@ class Doorbell:
     def __init__(self) -> None:
         self._waiting_end, self._ringing_end = socket.socketpair()
         self._ringing_end.setblocking(False)
+        self._waiting_end.setblocking(True)
         self._timeout_s = 0.0  # of the waiting end; setting it costs a system call
 
     def __repr__(self) -> str:
@@ -36,13 +40,13 @@ class Doorbell:
 
     def wait(self, timeout_s: float) -> bool:
         """Whether the bell rang within `timeout_s`. May return early, for a ring that is over or after a second."""
-        timeout_s = min(max(timeout_s, 1e-6), _LONGEST_WAIT_S)
+        timeout_s = min(max(timeout_s, 1e-3), _LONGEST_WAIT_S)
         if timeout_s != self._timeout_s:
             self._timeout_s = timeout_s
-            self._waiting_end.settimeout(timeout_s)
+            self._set_timeout(timeout_s)
         try:
             self._waiting_end.recv(4096)
-        except TimeoutError:
+        except (BlockingIOError, TimeoutError):
             return False
         return True
 
@@ -53,6 +57,17 @@ class Doorbell:
 
     def __del__(self) -> None:
         self.close()
+
+    def _set_timeout(self, timeout_s: float) -> None:
+        """The system's own timeout where there is one: Python's is a call of `poll` before each `recv`, and between the
+        two another thread takes the interpreter's lock.
+        """
+        if _TIMEVAL is None:
+            self._waiting_end.settimeout(timeout_s)
+        else:
+            whole_s = int(timeout_s)
+            timeval = _TIMEVAL.pack(whole_s, int((timeout_s - whole_s) * 1e6))
+            self._waiting_end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
 
 class Relay:

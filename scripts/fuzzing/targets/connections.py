@@ -7,6 +7,7 @@ caller leaves: nothing of his may stay.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from typing import Any, Final, cast
 
@@ -27,7 +28,7 @@ LIMITS: Final = LimitsConfig(
     max_source_handshakes_per_s=1e9,
 )  # fmt: skip
 _STEPS: Final = 12  # rounds of the loop in which everything that needs no clock is done
-_PAUSES: Final = 40  # between pieces
+_PIECES: Final = 40  # then comes the rest
 _FIELDS: Final = (
     b"Expect: 100-continue", b"Expect: x", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip",
     b"Connection: close", b"Connection: keep-alive",
@@ -126,10 +127,13 @@ def connect(data: bytes) -> str:
     transport = _Transport(connection, _loop.loop)
     _loop.loop.call_soon(connection.connection_made, transport)
     _settle()
-    for count, piece in enumerate(chunks(data[2:], seed)):
+    rest = data[2:]
+    for piece in itertools.islice(chunks(rest, seed), _PIECES):
         _loop.run(_receive(transport, piece))
-        if seed % 2 and count < _PAUSES:
+        rest = rest[len(piece) :]
+        if seed % 2:
             _settle()
+    _loop.run(_receive(transport, rest))
     _settle()
     transport.close()
     _settle()
@@ -214,6 +218,6 @@ def seeds() -> dict[str, bytes]:
 TARGETS: Final = (
     Target(
         "connections", connect, (), LIMITS.max_exchange_bytes + LIMITS.max_body_bytes, seeds, mutate="requests",
-        max_input_bytes=256 * KIB,
+        max_input_bytes=128 * KIB, deadline_s=10.0,
     ),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import struct
 import tracemalloc
@@ -26,6 +27,7 @@ from p2pmoe.protocol.frames import (
     describe_tensor,
     describe_tensors,
     encode_frame,
+    make_room,
     tensor_memory,
 )
 from p2pmoe.protocol.messages import (
@@ -423,3 +425,18 @@ def test_a_response_reader_holds_the_same_rules() -> None:
     with pytest.raises(DecodeError, match="truncated"):
         reader.feed_eof()
     assert "unread" in repr(reader)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [0, 1, 3, 1000, 200_000])
+def test_memory_for_what_is_received_is_aligned_and_the_tensors_own(dtype: torch.dtype, count: int) -> None:
+    size = count * dtype.itemsize
+    tensor, memory = make_room((count,), dtype, size)
+    assert tensor.dtype is (torch.uint8 if dtype is torch.bool else dtype)
+    assert (tuple(tensor.shape), memory.nbytes) == ((count,), size)
+    if count:
+        assert tensor.data_ptr() % 64 == 0
+        memory[:] = bytes([1]) * size
+        del memory
+        gc.collect()
+        assert tensor.view(torch.uint8).eq(1).all()

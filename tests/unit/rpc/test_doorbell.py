@@ -57,3 +57,14 @@ def test_every_thread_has_its_own() -> None:
     assert thread_doorbell() is mine
     theirs = run_threads([thread_doorbell])
     assert theirs[0] is not mine
+
+
+def test_the_timeout_may_differ_from_wait_to_wait() -> None:
+    bell = Doorbell()
+    for timeout_s in (0.02, 0.05, 0.0, 0.02):
+        started = time.monotonic()
+        assert not bell.wait(timeout_s)
+        assert timeout_s * 0.9 <= time.monotonic() - started < timeout_s + 1.0
+    bell.ring()
+    assert bell.wait(0.02)
+    bell.close()
