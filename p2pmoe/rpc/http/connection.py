@@ -32,7 +32,11 @@ _KNOWN_LIBRARY = hasattr(HttpRequestParser, "message_consumed") and _KNOWN_NAMES
 
 
 class Connection(web.RequestHandler):
-    """Counts what arrives before a request's head is complete, and remembers since when something is awaited."""
+    """Counts what arrives before a request's head is complete, and remembers since when something is awaited.
+
+    Two kinds of requests do not go the library's whole way: single calls that have arrived whole are answered by a
+    `PromptAnswer`, the rest of a large body is received by a `DirectBody`.
+    """
 
     __slots__ = (
         "_address",
