@@ -7,8 +7,16 @@ from typing import Any
 import msgspec
 import torch
 
-from p2pmoe.protocol.frames import PREFIX, describe_tensors, encode_frame
-from p2pmoe.protocol.messages import RequestHeader
+from p2pmoe.protocol.frames import (
+    PREFIX,
+    Frame,
+    FrameLimits,
+    FrameReader,
+    FrameReceived,
+    describe_tensors,
+    encode_frame,
+)
+from p2pmoe.protocol.messages import RequestHeader, response_decoder
 
 
 def raw_frame(header: Any, body: bytes = b"", body_bytes: int | None = None) -> bytes:
@@ -22,6 +30,29 @@ def call_bytes(*tensors: torch.Tensor, codecs: list[str] | None = None, **header
     joined = b"".join(frame.buffers)
     assert len(joined) == frame.nbytes
     return joined
+
+
+def parse(reader: FrameReader[Any], data: bytes) -> list[Frame[Any]]:
+    """The frames that some more bytes complete."""
+    frames = []
+    reader.feed(data)
+    while (event := reader.next_event()) is not None:
+        if isinstance(event, FrameReceived):
+            frames.append(event.frame)
+    return frames
+
+
+def result_frames(body: bytes) -> list[Frame[Any]]:
+    """The frames of a whole answer."""
+    reader: FrameReader[Any] = FrameReader(response_decoder, FrameLimits())
+    frames = parse(reader, body)
+    reader.feed_eof()
+    return frames
+
+
+def codes(frames: list[Frame[Any]]) -> dict[str, int]:
+    """Each result's code, by the id of its call."""
+    return {frame.header.id: frame.header.code for frame in frames}
 
 
 def one_tensor(body: bytes = b"\0" * 8, **changes: Any) -> bytes:

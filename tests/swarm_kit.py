@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -256,6 +257,13 @@ def run_threads(functions: Iterable[Callable[[], Any]], timeout_s: float = WAIT_
     if errors:
         raise errors[0]
     return results
+
+
+def trusting_context() -> ssl.SSLContext:
+    """TLS of a client that takes any certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 async def until(condition: Callable[[], object]) -> None:

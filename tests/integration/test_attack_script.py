@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from script_processes import SCRIPTS, run_script
 
 from p2pmoe.config import LimitsConfig
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
 
 def run_attack(*arguments: str) -> tuple[int, list[dict]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "attacks", "--json", *arguments],
-        env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
-        capture_output=True,
-        text=True,
-        timeout=55,
-        check=False,
-    )
+    done = run_script("attacks", "--json", *arguments)
     assert done.stdout, done.stderr
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 

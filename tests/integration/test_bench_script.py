@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from script_processes import run_script
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments],
-        env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_script("benchmarks", *arguments, timeout_s=120)
 
 
 def test_sixteen_experts_fit_in_one_process_and_little_more_memory_than_their_parameters() -> None:

@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import socket
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cli_processes import Command, run_command
+from swarm_kit import trusting_context
 
 from p2pmoe.config import parse_host_port
 
@@ -29,8 +29,7 @@ def taken_port() -> Iterator[int]:
 
 def hold_a_request(endpoint: str) -> socket.socket:
     """A request that the node has begun to read and that never ends: draining has to wait for it."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context = trusting_context()
     raw = socket.create_connection(parse_host_port(endpoint.removeprefix("https://")), timeout=10)
     connection = context.wrap_socket(raw)
     connection.sendall(

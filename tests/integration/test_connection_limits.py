@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from swarm_kit import WAIT_S, Peer, World, make_backend, open_world
+from swarm_kit import WAIT_S, Peer, World, make_backend, open_world, trusting_context
 
 from p2pmoe.config import HttpConfig, LimitsConfig
 from p2pmoe.errors import ConfigError
@@ -51,8 +51,7 @@ def world(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> I
 async def connect(peer: Peer, **options: Any) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     context = None
     if peer.endpoint.scheme == "https":
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context = trusting_context()
     async with asyncio.timeout(WAIT_S):
         reader, writer = await asyncio.open_connection(peer.endpoint.host, peer.endpoint.port, ssl=context, **options)
         try:
@@ -160,8 +159,7 @@ async def test_an_answer_that_nobody_takes(world: World) -> None:
     options = {"server_hostname": ""} if world.alice.endpoint.scheme == "https" else {}
     context = None
     if options:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context = trusting_context()
     async with asyncio.timeout(WAIT_S):
         _, writer = await asyncio.open_connection(sock=raw, ssl=context, limit=1024, **options)
         with contextlib.suppress(ConnectionError, ssl.SSLError):

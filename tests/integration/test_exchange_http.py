@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from frame_kit import BAD_HEADERS, call_bytes, raw_frame
+from frame_kit import BAD_HEADERS, call_bytes, codes, parse, raw_frame, result_frames
 from swarm_kit import WAIT_S, Failing, Gate, Peer, World, make_backend, open_world, until
 
 from p2pmoe.config import LimitsConfig
-from p2pmoe.protocol.frames import Frame, FrameLimits, FrameReader, FrameReceived
+from p2pmoe.protocol.frames import Frame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import RequestParameters, response_decoder
 
 LIMITS = LimitsConfig(
@@ -117,15 +117,6 @@ class Raw:
         return self.ready.pop(0)
 
 
-def parse(reader: FrameReader[Any], data: bytes) -> list[Frame[Any]]:
-    frames = []
-    reader.feed(data)
-    while (event := reader.next_event()) is not None:
-        if isinstance(event, FrameReceived):
-            frames.append(event.frame)
-    return frames
-
-
 @contextlib.asynccontextmanager
 async def connect(peer: Peer) -> AsyncIterator[Raw]:
     async with asyncio.timeout(WAIT_S):
@@ -147,14 +138,7 @@ async def post(peer: Peer, data: bytes, path: str = PATH, **headers: Any) -> tup
         body = await raw.body()
         if status != 200:
             return status, [json.loads(body)]
-        reader: FrameReader[Any] = FrameReader(response_decoder, FrameLimits())
-        frames = parse(reader, body)
-        reader.feed_eof()
-        return status, frames
-
-
-def codes(frames: list[Frame[Any]]) -> dict[str, int]:
-    return {frame.header.id: frame.header.code for frame in frames}
+        return status, result_frames(body)
 
 
 # -------------------------------------------------------------------------------------------- good requests

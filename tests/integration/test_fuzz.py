@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,19 +10,11 @@ from fuzzing import engines
 from fuzzing.mutate import MUTATORS
 from fuzzing.target import Target
 from fuzzing.targets import NAMES, load
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from script_processes import run_script
 
 
 def fuzz(*arguments: str, code: int = 0) -> list[dict]:
-    done = subprocess.run(
-        [sys.executable, "-m", "fuzzing", *arguments],
-        env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
-        capture_output=True,
-        text=True,
-        timeout=55,
-        check=False,
-    )
+    done = run_script("fuzzing", *arguments)
     assert done.returncode == code, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 import torch
-from frame_kit import call_bytes
-from swarm_kit import WAIT_S, Failing, Gate, Peer, World, make_backend, open_world, same_bits, until
+from frame_kit import call_bytes, codes, result_frames
+from swarm_kit import WAIT_S, Failing, Gate, Peer, World, make_backend, open_world, same_bits, trusting_context, until
 
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import BadRequestError
-from p2pmoe.protocol.frames import Frame, FrameLimits, FrameReader, FrameReceived
-from p2pmoe.protocol.messages import response_decoder
+from p2pmoe.protocol.frames import Frame
 from p2pmoe.rpc.http import connection as connection_module
 from p2pmoe.rpc.http.connection import Connection
 from p2pmoe.rpc.http.direct_body import DirectBody
@@ -62,8 +60,7 @@ def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 async def connect(peer: Peer) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     context = None
     if peer.endpoint.scheme == "https":
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context = trusting_context()
     async with asyncio.timeout(WAIT_S):
         reader, writer = await asyncio.open_connection(
             peer.endpoint.host, peer.endpoint.port, ssl=context, limit=1 << 25
@@ -93,21 +90,11 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, list[Frame[Any]]]:
         await reader.readline()
     else:
         body = await reader.readexactly(int(head.partition("content-length: ")[2].split()[0]))
-    frames: FrameReader[Any] = FrameReader(response_decoder, FrameLimits())
-    frames.feed(body)
-    found = []
-    while (event := frames.next_event()) is not None:
-        if isinstance(event, FrameReceived):
-            found.append(event.frame)
-    return int(head.split()[1]), found
+    return int(head.split()[1]), result_frames(body)
 
 
 def is_open(body: DirectBody) -> bool:
     return not body._used.done()
-
-
-def codes(frames: list[Frame[Any]]) -> dict[str, int]:
-    return {frame.header.id: frame.header.code for frame in frames}
 
 
 async def test_requests_that_follow_a_large_body_in_the_same_breath(world: World) -> None:

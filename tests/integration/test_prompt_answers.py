@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from frame_kit import call_bytes, raw_frame
-from swarm_kit import WAIT_S, Failing, Gate, World, make_backend, open_world, same_bits, until
+from frame_kit import call_bytes, codes, raw_frame, result_frames
+from swarm_kit import WAIT_S, Failing, Gate, World, make_backend, open_world, same_bits, trusting_context, until
 
 from p2pmoe.config import HttpConfig, LimitsConfig
 from p2pmoe.errors import AuthenticationError
 from p2pmoe.identity import Identity
 from p2pmoe.metrics import NodeMetrics
-from p2pmoe.protocol.frames import PREFIX, Frame, FrameLimits, FrameReader, FrameReceived
-from p2pmoe.protocol.messages import response_decoder
+from p2pmoe.protocol.frames import PREFIX, Frame
 from p2pmoe.rpc.http import connection as connection_module
 from p2pmoe.rpc.http.prompt_answer import PromptAnswer
 from p2pmoe.rpc.http.server import HttpServer
@@ -51,8 +50,7 @@ class Node:
     async def connect(self) -> AsyncIterator[Line]:
         context = None
         if self.secure:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            context = trusting_context()
         async with asyncio.timeout(WAIT_S):
             line = Line(*await asyncio.open_connection("127.0.0.1", self.server.port, ssl=context))
             try:
@@ -62,6 +60,15 @@ class Node:
             finally:
                 line.writer.transport.abort()
                 await asyncio.sleep(0)
+
+    @contextlib.asynccontextmanager
+    async def computing(self) -> AsyncIterator[Line]:
+        """A connection whose call "slow" is on the device until `gate.go` is set."""
+        self.gate.armed = True
+        async with self.connect() as line:
+            await line.write(post(call("slow", "gate.0")))
+            await until(self.gate.begun.is_set)
+            yield line
 
 
 class Line:
@@ -76,22 +83,11 @@ class Line:
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
         length = int(head.lower().partition("content-length: ")[2].split()[0])
         body = await self.reader.readexactly(length)
-        return head, parse(body) if "octet-stream" in head else []
+        return head, result_frames(body) if "octet-stream" in head else []
 
     async def codes(self) -> dict[str, int]:
         _, frames = await self.answer()
-        return {frame.header.id: frame.header.code for frame in frames}
-
-
-def parse(data: bytes) -> list[Frame[Any]]:
-    reader: FrameReader[Any] = FrameReader(response_decoder, FrameLimits())
-    reader.feed(data)
-    frames = []
-    while (event := reader.next_event()) is not None:
-        if isinstance(event, FrameReceived):
-            frames.append(event.frame)
-    reader.feed_eof()
-    return frames
+        return codes(frames)
 
 
 def call(call_id: str, uid: str = "ffn.0", x: torch.Tensor = X) -> bytes:
@@ -158,7 +154,7 @@ async def test_the_first_request_of_a_connection_may_be_one(node: Node) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "codes"),
+    ("body", "expected"),
     [
         (call("nobody", "ffn.9"), {"nobody": 404}),
         (call("wrong", x=torch.ones(2, 5)), {"wrong": 400}),
@@ -168,12 +164,12 @@ async def test_the_first_request_of_a_connection_may_be_one(node: Node) -> None:
     ],
 )
 async def test_a_call_that_is_refused_leaves_the_connection_usable(
-    node: Node, body: bytes, codes: dict[str, int]
+    node: Node, body: bytes, expected: dict[str, int]
 ) -> None:
     async with node.connect() as line:
         for _ in range(2):
             await line.write(post(body))
-            assert await line.codes() == codes
+            assert await line.codes() == expected
         await line.write(post(call("good")))
         assert await line.codes() == {"good": 200}
     assert len(node.prompt) == 3
@@ -239,10 +235,7 @@ async def test_pipelined_requests_are_answered_in_order(node: Node) -> None:
 
 
 async def test_requests_wait_behind_a_call_that_is_being_computed(node: Node) -> None:
-    node.gate.armed = True
-    async with node.connect() as line:
-        await line.write(post(call("slow", "gate.0")))
-        await until(node.gate.begun.is_set)
+    async with node.computing() as line:
         await line.write(post(call("second"))[:30])
         await asyncio.sleep(0.05)
         await line.write(post(call("second"))[30:] + post(call("third")))
@@ -254,10 +247,7 @@ async def test_requests_wait_behind_a_call_that_is_being_computed(node: Node) ->
 
 
 async def test_one_request_that_waited_is_answered_promptly_too(node: Node) -> None:
-    node.gate.armed = True
-    async with node.connect() as line:
-        await line.write(post(call("slow", "gate.0")))
-        await until(node.gate.begun.is_set)
+    async with node.computing() as line:
         await line.write(post(call("second")))
         await asyncio.sleep(0.05)
         assert len(node.prompt) == 1
@@ -268,10 +258,7 @@ async def test_one_request_that_waited_is_answered_promptly_too(node: Node) -> N
 
 
 async def test_an_idle_connection_ends_but_never_one_whose_call_is_being_computed(node: Node) -> None:
-    node.gate.armed = True
-    async with node.connect() as line:
-        await line.write(post(call("slow", "gate.0")))
-        await until(node.gate.begun.is_set)
+    async with node.computing() as line:
         await asyncio.sleep(3 * KEEPALIVE_S)
         node.gate.go.set()
         assert await line.codes() == {"slow": 200}
@@ -281,10 +268,7 @@ async def test_an_idle_connection_ends_but_never_one_whose_call_is_being_compute
 
 
 async def test_a_caller_who_leaves_takes_the_queued_call_along(node: Node) -> None:
-    node.gate.armed = True
-    async with node.connect() as blocker:
-        await blocker.write(post(call("slow", "gate.0")))
-        await until(node.gate.begun.is_set)
+    async with node.computing() as blocker:
         async with node.connect() as line:
             await line.write(post(call("queued")))
             await until(lambda: node.world.alice.runtime.tasks_waiting == 1)
@@ -295,10 +279,7 @@ async def test_a_caller_who_leaves_takes_the_queued_call_along(node: Node) -> No
 
 
 async def test_draining_waits_for_the_answer(node: Node) -> None:
-    node.gate.armed = True
-    async with node.connect() as line:
-        await line.write(post(call("slow", "gate.0")))
-        await until(node.gate.begun.is_set)
+    async with node.computing() as line:
         assert "1 requests" in repr(node.server)
         draining = asyncio.create_task(node.server.drain(WAIT_S))
         await asyncio.sleep(0.05)
@@ -309,10 +290,7 @@ async def test_draining_waits_for_the_answer(node: Node) -> None:
 
 
 async def test_closing_the_server_ends_a_call_that_never_ends(node: Node) -> None:
-    node.gate.armed = True
-    async with node.connect() as line:
-        await line.write(post(call("slow", "gate.0")))
-        await until(node.gate.begun.is_set)
+    async with node.computing() as line:
         await node.server.drain(0.05)
         await node.server.close()
         with contextlib.suppress(ConnectionError, ssl.SSLError):

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from script_processes import SCRIPTS, run_script
 
 
 def simulate(*arguments: str, hash_seed: str = "1") -> list[dict]:
-    done = subprocess.run(
-        [sys.executable, "-m", "simulation", *arguments],
-        env={**os.environ, "PYTHONPATH": str(SCRIPTS), "PYTHONHASHSEED": hash_seed},
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-    )
+    done = run_script("simulation", *arguments, timeout_s=50, PYTHONHASHSEED=hash_seed)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

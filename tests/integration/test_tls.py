@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import pytest
 import torch
-from swarm_kit import WAIT_S, World, make_backend, open_world, serve_http, until
+from swarm_kit import WAIT_S, World, make_backend, open_world, serve_http, trusting_context, until
 
 import p2pmoe
 from p2pmoe.client.directory import StaticDirectory
@@ -248,8 +248,7 @@ def test_openssl_sees_tls_1_3_and_nothing_older(world: World) -> None:
 
 
 def test_older_versions_are_refused_from_python_too(world: World) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context = trusting_context()
     address = (world.alice.endpoint.host, world.alice.endpoint.port)
     with socket.create_connection(address, timeout=WAIT_S) as raw, context.wrap_socket(raw) as connection:
         assert connection.version() == "TLSv1.3"
@@ -289,8 +288,7 @@ async def test_a_renewed_certificate_serves_new_connections(tmp_path: Path, tran
 
 
 async def leaf_of(endpoint: Endpoint) -> bytes:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context = trusting_context()
     async with asyncio.timeout(WAIT_S):
         _, writer = await asyncio.open_connection(endpoint.host, endpoint.port, ssl=context)
         leaf = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)

@@ -23,6 +23,7 @@ from p2pmoe.rpc.http.client_sessions import ClientSessions
 from p2pmoe.rpc.http.direct import DirectPost, DirectResponse
 from p2pmoe.rpc.http.documents import (
     CONNECTION_ERRORS,
+    EXCHANGE_PATH,
     WIRE_VERSION_HEADER,
     fetch_json,
     open_session,
@@ -34,7 +35,6 @@ from p2pmoe.rpc.http.tls import Pins
 from p2pmoe.rpc.http.writing import body_of, write_frames
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
-_EXCHANGE_PATH = f"/p2pmoe/v{WIRE_VERSION}/exchange"
 _READ_BYTES = 4 * 1024 * 1024  # the stream buffer; the default of 64 KiB stops and starts the socket all the time
 _DIRECT_BYTES = 1024 * 1024  # larger requests are written with back-pressure while the first results arrive
 _MAX_PEERS = 4096  # whose prepared requests are kept
@@ -82,7 +82,7 @@ class HttpTransport:
         self._sessions = ClientSessions(identity, swarm_key, self._post_document, clock=time.monotonic)
         self._headers = ((hdrs.CONTENT_TYPE, "application/octet-stream"), (WIRE_VERSION_HEADER, str(WIRE_VERSION)))
         self._blocking = BlockingPosts(
-            _EXCHANGE_PATH,
+            EXCHANGE_PATH,
             self._headers,
             self._limits,
             self._pins,
@@ -223,7 +223,7 @@ class HttpTransport:
     ) -> _Response:
         session = self._open()
         if nbytes > _DIRECT_BYTES:
-            url, context = URL(endpoint.url + _EXCHANGE_PATH), self._pins.context_for(endpoint)
+            url, context = URL(endpoint.url + EXCHANGE_PATH), self._pins.context_for(endpoint)
             headers = None if authorization is None else {hdrs.AUTHORIZATION: authorization}
             payload = FramesPayload(frames)
             return await session.post(url, data=payload, headers=headers, ssl=context, allow_redirects=False)
@@ -236,7 +236,7 @@ class HttpTransport:
             self._posts.clear()
         post = self._posts[endpoint] = DirectPost(
             session.connector,
-            URL(endpoint.url + _EXCHANGE_PATH),
+            URL(endpoint.url + EXCHANGE_PATH),
             context=self._pins.context_for(endpoint),
             headers=self._headers,
             timeout=self._timeout,

@@ -18,6 +18,7 @@ from p2pmoe.rpc.http.tls import CertificateRefused, Pins
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 WIRE_VERSION_HEADER: Final = "P2PMoE-Wire-Version"
+EXCHANGE_PATH: Final = f"/p2pmoe/v{WIRE_VERSION}/exchange"
 CONNECTION_ERRORS: Final = (aiohttp.ClientError, TimeoutError, OSError, UnicodeError)
 """What the HTTP library raises when a peer is not there; the last for a host that is no name, like `a..b`."""
 

@@ -33,12 +33,12 @@ class PacedBody:
 
     def __init__(self, content: StreamReader, limits: LimitsConfig) -> None:
         self._content, self._limits = content, limits
-        self.waited_s = 0.0
+        self._waited_s = 0.0
         self.received = 0
         """Bytes so far."""
 
     def __repr__(self) -> str:
-        return f"<PacedBody: {self.received} bytes in {self.waited_s:.1f} s>"
+        return f"<PacedBody: {self.received} bytes in {self._waited_s:.1f} s>"
 
     async def read(self) -> bytes:
         """What has arrived, at least one byte; empty at the end. Raises BadRequestError, see above."""
@@ -58,6 +58,6 @@ class PacedBody:
                 chunk = await self._content.readany()
         except TimeoutError:
             raise idle_error(limits) from None
-        self.waited_s += loop.time() - begin
-        check_rate(self.received + len(chunk), self.waited_s, limits)
+        self._waited_s += loop.time() - begin
+        check_rate(self.received + len(chunk), self._waited_s, limits)
         return chunk

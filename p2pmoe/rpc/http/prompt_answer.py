@@ -8,10 +8,7 @@ call goes the library's way, which also words every refusal of a request as a wh
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
-from email.utils import formatdate
-from functools import lru_cache
 from typing import Final
 
 from aiohttp import HttpVersion11, hdrs
@@ -24,12 +21,11 @@ from p2pmoe.protocol.frames import PREFIX, FrameLimits
 from p2pmoe.rpc.base import Service
 from p2pmoe.rpc.budget import SharedBudget
 from p2pmoe.rpc.exchange import ServerExchange
-from p2pmoe.rpc.http.documents import WIRE_VERSION_HEADER
+from p2pmoe.rpc.http.documents import EXCHANGE_PATH, WIRE_VERSION_HEADER
 from p2pmoe.rpc.http.sessions import Door
-from p2pmoe.rpc.http.writing import body_of, joined
+from p2pmoe.rpc.http.writing import answer_head, body_of, joined
 from p2pmoe.types import WIRE_VERSION, Caller
 
-EXCHANGE_PATH: Final = f"/p2pmoe/v{WIRE_VERSION}/exchange"
 _SPECIAL: Final = (hdrs.CONTENT_ENCODING, hdrs.EXPECT, hdrs.UPGRADE)
 
 
@@ -78,7 +74,11 @@ class PromptAnswers:
 
 
 class PromptAnswer:
-    """The answer to one request. `on_end` is called once when it was written or dropped; never by `begin` itself."""
+    """The answer to one request.
+
+    `on_end` is called once when it was written, maybe by `begin` itself, with whether the connection must end. When the
+    answer was cancelled it is not.
+    """
 
     def __init__(
         self, answers: PromptAnswers, caller: Caller, transport: asyncio.Transport, on_end: Callable[[bool], None]
@@ -116,7 +116,7 @@ class PromptAnswer:
         if not self._fed or self._calls.outstanding or self not in self._answers.running:
             return
         frames = self._calls.take_results()
-        head = _head(sum(frame.nbytes for frame in frames), last=self._calls.broken)
+        head = answer_head(sum(frame.nbytes for frame in frames), last=self._calls.broken)
         if not self._transport.is_closing():
             for part in joined(body_of(frames), head):
                 self._transport.write(part)
@@ -134,15 +134,3 @@ class PromptAnswer:
 def _nothing_special(headers: CIMultiDictProxy[str]) -> bool:
     version = headers.get(WIRE_VERSION_HEADER)
     return (version is None or version == str(WIRE_VERSION)) and not any(name in headers for name in _SPECIAL)
-
-
-def _head(nbytes: int, *, last: bool) -> bytearray:
-    return bytearray(
-        b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: %d\r\nDate: %b\r\n%b\r\n"
-        % (nbytes, _date(int(time.time())), b"Connection: close\r\n" if last else b"")
-    )
-
-
-@lru_cache(maxsize=1)
-def _date(second: int) -> bytes:
-    return formatdate(second, usegmt=True).encode("ascii")

@@ -30,10 +30,10 @@ from p2pmoe.rpc.budget import SharedBudget
 from p2pmoe.rpc.http.admission import Admission, Ticket
 from p2pmoe.rpc.http.answering import AnsweredExchange
 from p2pmoe.rpc.http.connection import Connection, ConnectionWatch
-from p2pmoe.rpc.http.documents import WIRE_VERSION_HEADER
+from p2pmoe.rpc.http.documents import EXCHANGE_PATH, WIRE_VERSION_HEADER
 from p2pmoe.rpc.http.infer import infer
 from p2pmoe.rpc.http.listener import Listener
-from p2pmoe.rpc.http.prompt_answer import EXCHANGE_PATH, PromptAnswers
+from p2pmoe.rpc.http.prompt_answer import PromptAnswers
 from p2pmoe.rpc.http.responses import SAFE_HEADERS, error_response, json_response
 from p2pmoe.rpc.http.sessions import Door
 from p2pmoe.rpc.http.tls import server_context

@@ -1,8 +1,11 @@
-"""How requests are written by hand: their heads, small buffers joined, large tensor memory as it lies."""
+"""How requests and answers are written by hand: their heads, small buffers joined, large tensor memory as it lies."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from email.utils import formatdate
+from functools import lru_cache
 from itertools import chain
 from typing import Any, Final
 
@@ -54,6 +57,19 @@ def with_length(head: bytes, nbytes: int, authorization: str | None) -> bytearra
     if authorization is not None:
         whole += b"Authorization: %b\r\n" % authorization.encode("ascii")
     return whole + b"\r\n"
+
+
+def answer_head(nbytes: int, *, last: bool) -> bytearray:
+    """The head of an answer with a body of frames; `last` when the connection ends with it. See `plain_answer.py`."""
+    return bytearray(
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: %d\r\nDate: %b\r\n%b\r\n"
+        % (nbytes, _date(int(time.time())), b"Connection: close\r\n" if last else b"")
+    )
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> bytes:
+    return formatdate(second, usegmt=True).encode("ascii")
 
 
 async def write_frames(frames: Sequence[EncodedFrame], write: Callable[..., Awaitable[Any]]) -> None:

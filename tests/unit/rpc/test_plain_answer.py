@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pmoe.rpc.http.plain_answer import recognize
+from p2pmoe.rpc.http.writing import answer_head
 
 HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: 5\r\n"
@@ -99,6 +100,13 @@ def test_a_head_in_two_pieces_is_the_librarys() -> None:
     source = stream(HEAD[:50], HEAD[50:] + b"hello")
     assert recognize(source) is None
     assert source.read() == HEAD + b"hello"
+
+
+def test_what_a_node_writes_is_recognized_unless_the_connection_ends_with_it() -> None:
+    answer = recognize(stream(bytes(answer_head(5, last=False)) + b"hello"))
+    assert answer is not None
+    assert answer.read1(10) == b"hello"
+    assert recognize(stream(bytes(answer_head(5, last=True)) + b"hello")) is None
 
 
 def test_it_prints_its_state() -> None:
