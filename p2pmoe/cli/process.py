@@ -7,7 +7,7 @@ import sys
 
 from p2pmoe.server.memory import keep_freed_memory
 
-_SPINS = "20000"  # about a tenth of a millisecond: longer than the gaps inside a batch
+_SPINS = "5000"  # a tenth of a millisecond or less: longer than the gaps inside a batch
 _OPENMP_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 

@@ -17,14 +17,14 @@ from statistics import median
 
 import torch
 
-from p2pmoe.protocol.finite import norms_at_once, small_and_alike
+from p2pmoe.protocol.finite import norms_at_once, quick_norm, small_and_alike
 
 _STEP = 0.005  # nats; 460 calls to follow a drift of one decade
 _FAR_SHARE = 0.125  # of a step, for a norm further than `factor` away: it takes eight of them to outweigh one near
 _FAR_CALLS = 64  # far norms in a row that double their steps
 _MAX_STREAK = 16 * _FAR_CALLS
-_DOT_FROM = 1 << 16  # elements; below, `vector_norm` costs less than `dot`, above it is single-threaded
-_DOT_LIMIT = 1 << 31
+_TEAM_FROM = 1 << 18  # elements
+_TEAM_UP_TO = 1 << 31
 
 
 def holds_floats(tensor: torch.Tensor) -> bool:
@@ -32,28 +32,20 @@ def holds_floats(tensor: torch.Tensor) -> bool:
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
-def quick_norm(tensor: torch.Tensor) -> float:
-    """The 2-norm of a floating tensor in one cheap pass. Finite only when every value is.
-
-    Not finite also when squares overflow (float32: values over 1e19): ask `exact_norm` then.
-    """
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.dtype is torch.float32 or tensor.dtype is torch.float64:
-        if _DOT_FROM <= tensor.numel() < _DOT_LIMIT and tensor.is_contiguous():
-            flat = tensor.view(-1)
-            return math.sqrt(torch.dot(flat, flat).item())
-        return float(torch.linalg.vector_norm(tensor).item())
-    if tensor.dtype.is_complex:
-        return quick_norm(torch.view_as_real(tensor))
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float32).item())
-
-
 def quick_norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     """`quick_norm` of each, in few steps where they are small: each step lets the event loop's thread in between."""
     if len(tensors) > 1 and small_and_alike(tensors):
         return norms_at_once(tensors)
     return [quick_norm(tensor) for tensor in tensors]
+
+
+def norm_after_pass(tensor: torch.Tensor) -> float:
+    """`quick_norm` by torch's team of threads, which is awake just after a pass: half the time for a large tensor."""
+    suits = tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous()
+    if suits and _TEAM_FROM <= tensor.numel() < _TEAM_UP_TO:
+        flat = tensor.detach().view(-1)
+        return math.sqrt(torch.dot(flat, flat).item())
+    return quick_norm(tensor)
 
 
 def exact_norm(tensor: torch.Tensor) -> float:
@@ -78,7 +70,7 @@ def norm_of(tensor: torch.Tensor, quick: float | None = None) -> float:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite; integers never are."""
-    return not holds_floats(tensor) or math.isfinite(quick_norm(tensor)) or bool(torch.isfinite(tensor).all())
+    return not holds_floats(tensor) or math.isfinite(norm_after_pass(tensor)) or bool(torch.isfinite(tensor).all())
 
 
 def count_non_finite(tensor: torch.Tensor) -> int:

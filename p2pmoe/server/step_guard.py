@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from p2pmoe.errors import NonFiniteResultError
-from p2pmoe.server.gate import exact_norm, is_finite, quick_norm
+from p2pmoe.server.gate import exact_norm, is_finite, norm_after_pass
 
 SAFE_NORM = 1e12
 """Gradients of a larger total norm, after clipping, are not stepped with."""
@@ -92,7 +92,7 @@ def guard_steps(optimizer: torch.optim.Optimizer, max_norm: float | None = None)
 def require_finite(gradients: Iterable[torch.Tensor]) -> float:
     """The total norm of gradients. Raises NonFiniteResultError when one of them holds NaN or infinity."""
     gradients = [each._values() if each.is_sparse else each for each in gradients]  # noqa: SLF001
-    total = math.hypot(*map(quick_norm, gradients))
+    total = math.hypot(*map(norm_after_pass, gradients))
     if not math.isfinite(total):
         total = math.hypot(*map(exact_norm, gradients))
     if not math.isfinite(total):

@@ -19,7 +19,7 @@ def _nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_waiting_threads_sleep() -> None:
     let_idle_threads_sleep()
 
-    assert os.environ["GOMP_SPINCOUNT"] == "20000"
+    assert os.environ["GOMP_SPINCOUNT"] == "5000"
 
 
 @pytest.mark.parametrize("name", NAMES)
