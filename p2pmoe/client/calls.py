@@ -19,6 +19,7 @@ from p2pmoe.protocol.messages import RequestHeader, RequestParameters, ResponseH
 from p2pmoe.protocol.schema import BatchTensorProto, format_tensor
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.doorbell import Doorbell, thread_doorbell
+from p2pmoe.rpc.home_core import HomeCore
 from p2pmoe.types import Endpoint, Pass, PeerId
 
 
@@ -102,21 +103,25 @@ class CallGroup:
         self._bell: Doorbell | None = None
         self._ring: Callable[[Doorbell], object] = Doorbell.ring
         self._leave: Callable[[Doorbell], object] | None = None
+        self._home: HomeCore | None = None
         self._opened = False
         self._notify: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         return f"<CallGroup: {self._missing} of {len(self.calls)} calls unanswered>"
 
-    def wake_through(self, ring: Callable[[Doorbell], object], leave: Callable[[Doorbell], object]) -> None:
-        """How the waiting thread is woken, and whom it tells when it goes on."""
-        self._ring, self._leave = ring, leave
+    def wake_through(
+        self, ring: Callable[[Doorbell], object], leave: Callable[[Doorbell], object], home: HomeCore | None = None
+    ) -> None:
+        """How the waiting thread is woken, whom it tells when it goes on, and where it is woken."""
+        self._ring, self._leave, self._home = ring, leave, home
 
     # -- for those who read the answers
 
     def complete(self, call: Call, result: Flat | P2PMoEError) -> float | None:
         """One call has its result. Gives the seconds after which `open` is due, once the rest may be given up."""
         call.result = result
+        call.group = None  # a cycle of references would keep both, and the tensors, until the garbage is collected
         self._missing -= 1
         if not self._missing:
             self.open()
@@ -147,8 +152,13 @@ class CallGroup:
         """Block until every call is answered, the grace is over, or `timeout_s` has passed."""
         self._bell = bell = thread_doorbell()
         deadline = time.monotonic() + timeout_s
-        while not self._opened and (left_s := deadline - time.monotonic()) > 0:
-            bell.wait(left_s)  # may be a late ring of an earlier group: look again
+        bound = self._home.enter() if self._home is not None else None
+        try:
+            while not self._opened and (left_s := deadline - time.monotonic()) > 0:
+                bell.wait(left_s)  # may be a late ring of an earlier group: look again
+        finally:
+            if bound is not None:
+                bound.release()
         if self._leave is not None:
             self._leave(bell)
 

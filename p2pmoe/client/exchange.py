@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,11 +21,12 @@ from p2pmoe.errors import ClosedError, DecodeError, P2PMoEError, PeerUnreachable
 from p2pmoe.protocol.finite import all_surely_finite
 from p2pmoe.rpc.base import BlockingTransport, Flat, Transport
 from p2pmoe.rpc.doorbell import RELAY_PATIENCE_S, Doorbell, Relay
+from p2pmoe.rpc.home_core import HomeCore
 from p2pmoe.types import Endpoint, PeerId
 
 _MERGE_BYTES = 1024 * 1024  # groups are merged into one exchange up to this size
 _MERGE_CALLS = 256
-_CROWD = 8  # calls under way from which on new ones are gathered
+_CROWD = 8  # calls under way from which on new ones are gathered, and threads from which on they share a core
 _HOLD_S = 0.001
 _LINGER_S = 2.0
 
@@ -56,6 +58,9 @@ class Dispatcher:
         self._running = 0  # calls of the loop's exchanges; changed on the loop alone
         self._held: asyncio.TimerHandle | None = None
         self._relay = Relay()
+        self._home = HomeCore()
+        self._lock = threading.Lock()
+        self._waiting = 0  # threads in `call`
         self._nudge: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -81,17 +86,20 @@ class Dispatcher:
         begun = time.monotonic()
         if self._lone and not self._closed and self._lone.try_call(group, timeout_s, self._running):
             return
-        self.submit(group)
+        with self._lock:
+            self._waiting += 1
         try:
+            self.submit(group)
             group.wait(timeout_s - (time.monotonic() - begun))
         finally:
+            self._go_on()
             self.abandon(group)
 
     def submit(self, group: CallGroup) -> None:
         """Send the group's calls: one exchange for each node. Raises ClosedError after close."""
         if self._closed:
             raise ClosedError("the swarm is closed; make a new Swarm")
-        group.wake_through(self._wake, self._relay.woke)
+        group.wake_through(self._wake, self._relay.woke, self._home)
         self._queue.append(group)
         if not self._scheduled:
             self._scheduled = True
@@ -112,6 +120,15 @@ class Dispatcher:
         if self._exchanges:
             await asyncio.wait(list(self._exchanges), timeout=2.0)
 
+    def _go_on(self) -> None:
+        """The calling thread waits no longer; the last ones of a crowd have the loop leave its core."""
+        with self._lock:
+            self._waiting -= 1
+            thinned = self._waiting == _CROWD // 2
+        if thinned and self._home.core is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._home.leave)
+
     # -- on the loop
 
     def _flush(self) -> None:
@@ -126,6 +143,10 @@ class Dispatcher:
             self._held.cancel()
             self._held = None
         self._scheduled = False
+        if self._waiting >= _CROWD:
+            self._home.settle()
+            if self._waiting <= _CROWD // 2:  # they went on meanwhile, and saw no home to leave
+                self._home.leave()
         open_batches: dict[Endpoint, list[Call]] = {}
         sizes: dict[Endpoint, int] = {}
         while self._queue:
@@ -195,8 +216,9 @@ class Dispatcher:
                 self._complete(call, call.result)
 
     def _complete(self, call: Call, result: Flat | P2PMoEError) -> None:
-        if call.group is not None and (grace_s := call.group.complete(call, result)) is not None:
-            call.group.open_later(self._loop.call_later(grace_s, call.group.open))
+        group = call.group
+        if group is not None and (grace_s := group.complete(call, result)) is not None:
+            group.open_later(self._loop.call_later(grace_s, group.open))
 
     def _wake(self, bell: Doorbell) -> None:
         if self._relay.wake(bell) and self._nudge is None:

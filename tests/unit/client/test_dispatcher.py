@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
 import threading
 import time
 
+import pytest
 import torch
 from swarm_kit import WAIT_S, Gate, make_backend, open_world, run_threads
 
@@ -40,6 +44,61 @@ def test_many_callers_share_exchanges() -> None:
         run_threads([call] * callers)
         exchanges = world.swarm.dispatcher.exchanges - before
         assert exchanges < callers * calls / 3, f"{exchanges} exchanges for {callers * calls} calls"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are bound to cores on Linux only")
+def test_a_crowd_leaves_no_thread_bound_to_a_core() -> None:
+    """Callers that end together, and callers that give up: all may run everywhere afterwards, the loop too."""
+    allowed, x = os.sched_getaffinity(0), torch.ones(1, 4)
+    with open_world({"alice": [make_backend("ffn.0")]}, carrier="http") as world:
+        expert = world.swarm.expert("ffn.0")
+        forward(expert, x)
+        crowds = set()
+
+        def call() -> set[int]:
+            for _ in range(30):
+                forward(expert, x)
+                assert os.sched_getaffinity(0) == allowed
+                crowds.add(world.swarm.dispatcher._home.core is not None)
+            return os.sched_getaffinity(0)
+
+        for _ in range(3):
+            assert run_threads([call] * 24) == [allowed] * 24
+
+        async def of_loop() -> set[int]:
+            return os.sched_getaffinity(0)
+
+        assert world.swarm.run(of_loop()) == allowed
+        assert world.swarm.dispatcher._home.core is None
+        assert crowds >= {len(allowed) > 1}, "they shared one in between"
+
+
+def test_a_call_leaves_no_garbage() -> None:
+    """A call and its group must not refer to each other in the end: their tensors would stay until a collection."""
+    x = torch.ones(1, 4)
+    with open_world({"alice": [make_backend("ffn.0")]}, carrier="http") as world:
+        expert = world.swarm.expert("ffn.0")
+
+        def call() -> None:
+            for _ in range(10):
+                forward(expert, x)
+
+        for callers in (1, 12):
+            run_threads([call] * callers)
+            gc.collect()
+            gc.disable()
+            try:
+                run_threads([call] * callers)
+                gc.set_debug(gc.DEBUG_SAVEALL)
+                gc.collect()
+                left = [type(each).__name__ for each in gc.garbage]
+            finally:
+                gc.set_debug(0)
+                gc.garbage.clear()
+                gc.enable()
+            assert "Call" not in left
+            assert "CallGroup" not in left
+            assert "Tensor" not in left
 
 
 def test_new_calls_are_not_held_back_by_slow_ones() -> None:
