@@ -15,6 +15,7 @@ import torch
 SMALL: Final = 1 << 15
 """Elements below which torch looks at a tensor in one thread. Above, it wakes a team that spins for milliseconds after,
 on cores where a node beside us may be computing."""
+_HANDFUL: Final = 64
 _DTYPES: Final = (torch.float32, torch.float64)
 
 
@@ -24,13 +25,16 @@ def quick_norm(tensor: torch.Tensor) -> float:
     Not finite also when squares overflow (float32: values over 1e19).
 
     `vector_norm` reads 30 GB/s. `sum`, `dot` and `isfinite` wake torch's team of threads, which costs more than the
-    pass itself, and is felt by whoever computes beside us (docs/benchmarks.md).
+    pass itself, and is felt by whoever computes beside us (docs/benchmarks.md). For a handful of numbers calling torch
+    at all costs more than they do.
     """
     tensor = tensor.detach()
-    if tensor.dtype in _DTYPES:
-        return float(torch.linalg.vector_norm(tensor).item())
     if tensor.is_complex():
         return quick_norm(torch.view_as_real(tensor))
+    if tensor.numel() <= _HANDFUL:
+        return math.hypot(*tensor.flatten().tolist())
+    if tensor.dtype in _DTYPES:
+        return float(torch.linalg.vector_norm(tensor).item())
     if tensor.numel() < SMALL:
         return float(torch.linalg.vector_norm(tensor, dtype=torch.float32).item())
     return math.hypot(*map(quick_norm, tensor.flatten().split(SMALL - 1)))
