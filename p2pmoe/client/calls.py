@@ -15,7 +15,13 @@ import torch
 
 from p2pmoe.errors import DeadlineError, DecodeError, P2PMoEError
 from p2pmoe.protocol.frames import EncodedFrame, describe_tensors, encode_frame
-from p2pmoe.protocol.messages import RequestHeader, RequestParameters, ResponseHeader, new_call_id
+from p2pmoe.protocol.messages import (
+    RequestHeader,
+    RequestParameters,
+    ResponseHeader,
+    TensorHeader,
+    new_call_id,
+)
 from p2pmoe.protocol.schema import BatchTensorProto, format_tensor
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.doorbell import Doorbell, thread_doorbell
@@ -42,16 +48,22 @@ class Call:
 
     def check(self, header: ResponseHeader) -> None:
         """That a reply has the tensors that were asked for, before memory is allocated. Raises DecodeError."""
-        received = tuple((tensor.datatype, tensor.shape) for tensor in header.outputs)
-        expected = tuple((proto.datatype, (self.rows, *proto.shape)) for proto in self.expected)
-        if header.code == 200 and received != expected:
-            shown = ", ".join(format_tensor(shape, datatype[:16]) for datatype, shape in received[:16])
-            wanted = ", ".join(format_tensor(shape, datatype) for datatype, shape in expected)
+        if header.code == 200 and not self._fits(header.outputs):
+            shown = ", ".join(format_tensor(each.shape, each.datatype[:16]) for each in header.outputs[:16])
+            wanted = ", ".join(format_tensor((self.rows, *proto.shape), proto.datatype) for proto in self.expected)
             raise DecodeError(f"{self.uid} at {self.endpoint} answered ({shown}) instead of ({wanted})")
         if header.model_name not in ("", self.uid):
             raise DecodeError(f"{self.uid} at {self.endpoint} answered as {header.model_name[:64]!r}")
-        if header.code != 200 and received:
+        if header.code != 200 and header.outputs:
             raise DecodeError(f"{self.uid} at {self.endpoint} answered an error with tensors")
+
+    def _fits(self, outputs: tuple[TensorHeader, ...]) -> bool:
+        if len(outputs) != len(self.expected):
+            return False
+        for tensor, proto in zip(outputs, self.expected, strict=True):  # `all` of a generator takes twice as long
+            if tensor.datatype != proto.datatype or tensor.shape != (self.rows, *proto.shape):
+                return False
+        return True
 
 
 def make_call(
