@@ -23,7 +23,7 @@ _STEP = 0.005  # nats; 460 calls to follow a drift of one decade
 _FAR_SHARE = 0.125  # of a step, for a norm further than `factor` away: it takes eight of them to outweigh one near
 _FAR_CALLS = 64  # far norms in a row that double their steps
 _MAX_STREAK = 16 * _FAR_CALLS
-_TEAM_FROM = 1 << 18  # elements
+_TEAM_FROM = 1 << 20  # elements
 _TEAM_UP_TO = 1 << 31
 
 
