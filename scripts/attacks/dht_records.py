@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 
 from attacks.context import Context
@@ -20,6 +22,11 @@ async def _stolen(ctx: Context, udp: Udp) -> tuple[bytes, Record]:
         if record.public_key == ctx.public_key:
             return key, record
     raise OSError("the node's own record is not in its first page")
+
+
+def _newest() -> int:
+    """A sequence above that of any record which the node may sign meanwhile, and not too far ahead."""
+    return int((time.time() + 10.0) * 1e6)
 
 
 def _changed(record: Record, **changes: object) -> bytes:
@@ -66,7 +73,7 @@ async def forged_signature(ctx: Context) -> str:
     """A record in the node's name, signed by nobody."""
     async with ctx.udp() as udp:
         key, record = await _stolen(ctx, udp)
-        forged = _changed(record, sequence=record.sequence + 1, signature=ctx.dice.randbytes(64))
+        forged = _changed(record, sequence=_newest(), signature=ctx.dice.randbytes(64))
         return await udp.store(key, forged)
 
 
@@ -75,7 +82,7 @@ async def theft_new_value(ctx: Context) -> str:
     """The node's record with another endpoint in it: all its callers would come to us."""
     async with ctx.udp() as udp:
         key, record = await _stolen(ctx, udp)
-        return await udp.store(key, _changed(record, value=b"http://mallory", sequence=record.sequence + 1))
+        return await udp.store(key, _changed(record, value=b"http://mallory", sequence=_newest()))
 
 
 @attack("dht_theft_own_signature", expects="BAD_SIGNATURE")
@@ -83,7 +90,7 @@ async def theft_own_signature(ctx: Context) -> str:
     """The node's public key over our signature."""
     async with ctx.udp() as udp:
         key, record = await _stolen(ctx, udp)
-        own = fresh_record(ctx.identity(), key, record.value, part=record.part, sequence=record.sequence + 1)
+        own = fresh_record(ctx.identity(), key, record.value, part=record.part, sequence=_newest())
         return await udp.store(key, _changed(own, public_key=ctx.public_key))
 
 
@@ -108,7 +115,7 @@ async def extended_life(ctx: Context) -> str:
     """The node's record made to live longer than it said."""
     async with ctx.udp() as udp:
         key, record = await _stolen(ctx, udp)
-        longer = _changed(record, expires_at=record.expires_at_ms + 600_000, sequence=record.sequence + 1)
+        longer = _changed(record, expires_at=record.expires_at_ms + 600_000, sequence=_newest())
         return await udp.store(key, longer)
 
 
