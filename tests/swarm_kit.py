@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -257,6 +259,27 @@ def run_threads(functions: Iterable[Callable[[], Any]], timeout_s: float = WAIT_
     if errors:
         raise errors[0]
     return results
+
+
+def threads_woken_by(prepare: str, look: str) -> str:
+    """What a fresh process prints: how many threads of torch's team `look` woke, and that a large sum does wake some.
+
+    `prepare` is run before, with torch imported and its team asleep.
+    """
+    program = (
+        "import os, torch\n"
+        "torch.set_num_threads(1)\n"  # else making the tensors wakes the team already
+        f"large = torch.ones(1 << 21)\n{prepare}\n"
+        "torch.set_num_threads(4)\n"
+        "threads = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before = threads()\n"
+        f"{look}\n"
+        "after = threads()\n"
+        "large.sum()\n"
+        "print(after - before, threads() > after)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
 
 
 def trusting_context() -> ssl.SSLContext:
