@@ -10,7 +10,9 @@
     │   ├── SchemaError             arguments do not fit an expert's schema
     │   ├── EncodeError             our own value cannot be written in the wire format
     │   ├── NonFiniteResultError    a pass or a step gave NaN or infinity, and was undone
+    │   ├── UnexpectedError         a callback or a task of this process raised what nobody foresaw
     │   └── ClosedError             used after close()
+    │       └── ForkedError         used in a process that was forked from the one that opened it
     └── RemoteError                 a peer's side: what it sent, what it answered, that it is silent
         ├── DecodeError             bytes that are no value of the wire format
         │   └── NonFiniteReplyError NaN or infinity where a call asked for numbers
@@ -103,8 +105,16 @@ class NonFiniteResultError(LocalError, ArithmeticError):
     """A pass of an expert or a step of its optimizer gave NaN or infinity; nothing was changed by it."""
 
 
+class UnexpectedError(LocalError, RuntimeError):
+    """Code of this process raised what nobody foresaw, where no caller sees it; `__cause__` is that exception."""
+
+
 class ClosedError(LocalError, RuntimeError):
     """The object was used after it was closed, or before it was started."""
+
+
+class ForkedError(ClosedError):
+    """The object was opened by the process that this one was forked from: threads and connections stayed there."""
 
 
 class RemoteError(P2PMoEError):

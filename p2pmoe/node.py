@@ -26,6 +26,7 @@ from p2pmoe.dht.node import DHTNode
 from p2pmoe.dht.observations import reachable_host
 from p2pmoe.errors import ClosedError, ConfigError
 from p2pmoe.experts.directory import ExpertDirectory
+from p2pmoe.faults import run_loop
 from p2pmoe.identity import Identity, SwarmKey, load_admin_token
 from p2pmoe.metrics import NodeMetrics
 from p2pmoe.rpc.http.server import HttpServer
@@ -256,7 +257,7 @@ def background_node(
     """A node in a thread of its own, for tests and notebooks. Raises what `Node.start` raises."""
     node = Node(config, backends)
     loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="p2pmoe-node", daemon=True)
+    thread = threading.Thread(target=run_loop, args=(loop,), name="p2pmoe-node", daemon=True)
     thread.start()
 
     def run(coroutine: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Final
 
 from p2pmoe.client.calls import Call
 from p2pmoe.errors import DecodeError, P2PMoEError, PeerUnreachableError
+from p2pmoe.faults import attempt, unexpected
 from p2pmoe.protocol.frames import Frame
 from p2pmoe.protocol.messages import ResponseHeader
 from p2pmoe.rpc.base import Flat
@@ -55,6 +56,9 @@ class Answers:
             self._note_lie(error)
             self._settle(call, error)
             return False
+        except Exception as error:  # noqa: BLE001 - this call's failure, not its neighbours'
+            self._settle(call, unexpected(f"looking at an answer of {call.uid}", error))
+            return False
         return True
 
     def receive(self, frame: Frame[ResponseHeader]) -> None:
@@ -97,8 +101,17 @@ class Answers:
     def _note_lie(self, error: DecodeError) -> None:
         if self._peer_id is not None and not self._lied:
             self._lied = True
-            self._on_lie(self._peer_id, error)
+            attempt("noting a lie", self._on_lie, self._peer_id, error)
 
     def _settle(self, call: Call, result: Flat | P2PMoEError) -> None:
-        if self.missing.pop(call.id, None) is not None:
+        if self.missing.pop(call.id, None) is None:
+            return
+        group = call.group
+        try:
             self._finish(call, result)
+        except BaseException as error:
+            call.result = fault = unexpected(f"handing over an answer of {call.uid}", error)
+            if group is not None:
+                group.fail(fault)
+            if not isinstance(error, Exception):  # Ctrl-C, in a caller's own thread
+                raise

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from p2pmoe.errors import DeadlineError, DecodeError, P2PMoEError
+from p2pmoe.errors import DeadlineError, DecodeError, P2PMoEError, UnexpectedError
+from p2pmoe.faults import unexpected
 from p2pmoe.protocol.frames import EncodedFrame, describe_tensors, encode_frame
 from p2pmoe.protocol.messages import (
     RequestHeader,
@@ -99,7 +100,7 @@ class CallGroup:
     Args:
         calls: what to send.
         enough: told the position of every call that succeeded; True once the rest need not be waited for longer
-            than `grace_s`. None waits for all.
+            than `grace_s`. None waits for all. What it raises fails the group.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class CallGroup:
         self._home: HomeCore | None = None
         self._opened = False
         self._notify: Callable[[], None] | None = None
+        self._fault: UnexpectedError | None = None
 
     def __repr__(self) -> str:
         return f"<CallGroup: {self._missing} of {len(self.calls)} calls unanswered>"
@@ -135,12 +137,28 @@ class CallGroup:
         call.result = result
         call.group = None  # a cycle of references would keep both, and the tensors, until the garbage is collected
         self._missing -= 1
-        if not self._missing:
-            self.open()
-        elif self._enough is not None and not isinstance(result, P2PMoEError) and self._enough(call.position):
-            self._enough = None
-            return self._grace_s
+        try:
+            if not self._missing:
+                self.open()
+            elif self._enough is not None and not isinstance(result, P2PMoEError) and self._enough(call.position):
+                self._enough = None
+                return self._grace_s
+        except BaseException as error:
+            self.fail(unexpected(f"counting the answers beside {call.uid}", error))
+            if not isinstance(error, Exception):  # Ctrl-C, in a caller's own thread
+                raise
         return None
+
+    def fail(self, fault: UnexpectedError) -> None:
+        """The answers cannot be told: `results` raises this, and the caller goes on."""
+        self._fault = self._fault or fault
+        self._enough = None
+        self.open()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `results` will raise, whatever answers still come."""
+        return self._fault is not None
 
     def open_later(self, timer: asyncio.TimerHandle) -> None:
         """A timer that opens the group; it is not needed once the group is open."""
@@ -154,7 +172,11 @@ class CallGroup:
         if self._grace is not None:
             self._grace.cancel()
         if self._bell is not None:
-            self._ring(self._bell)
+            try:
+                self._ring(self._bell)
+            except Exception as error:  # noqa: BLE001 - whoever it is, the caller must be woken
+                self._fault = unexpected("waking a caller", error)
+                self._bell.ring()
         if self._notify is not None:
             self._notify()
 
@@ -194,7 +216,12 @@ class CallGroup:
                     await opened
 
     def results(self, timeout_s: float) -> list[Flat | P2PMoEError]:
-        """What is there now; a DeadlineError stands for each missing answer."""
+        """What is there now; a DeadlineError stands for each missing answer.
+
+        Raises UnexpectedError when code of this process failed where it reads the answers.
+        """
+        if self._fault is not None:
+            raise self._fault
         return [
             DeadlineError(f"{call.uid} at {call.endpoint} did not answer within {timeout_s:.3g} s")
             if call.result is None

@@ -18,6 +18,7 @@ from p2pmoe.client.answers import Answers
 from p2pmoe.client.calls import Call, CallGroup
 from p2pmoe.client.lone_calls import LoneCalls
 from p2pmoe.errors import ClosedError, DecodeError, P2PMoEError, PeerUnreachableError
+from p2pmoe.faults import attempt, unexpected
 from p2pmoe.protocol.finite import all_surely_finite
 from p2pmoe.rpc.base import BlockingTransport, Flat, Transport
 from p2pmoe.rpc.doorbell import RELAY_PATIENCE_S, Doorbell, Relay
@@ -103,7 +104,10 @@ class Dispatcher:
         self._queue.append(group)
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon_threadsafe(self._flush)
+            try:
+                self._loop.call_soon_threadsafe(self._flush)
+            except RuntimeError as error:  # the loop was closed since we looked
+                raise ClosedError("the swarm is closed; make a new Swarm") from error
 
     def abandon(self, group: CallGroup) -> None:
         """Nobody waits for the rest of this group any more."""
@@ -143,14 +147,26 @@ class Dispatcher:
             self._held.cancel()
             self._held = None
         self._scheduled = False
-        if self._waiting >= _CROWD:
-            self._home.settle()
-            if self._waiting <= _CROWD // 2:  # they went on meanwhile, and saw no home to leave
-                self._home.leave()
+        groups: list[CallGroup] = []
+        while self._queue:  # other threads add to it
+            groups.append(self._queue.popleft())
+        try:
+            if self._waiting >= _CROWD:
+                self._home.settle()
+                if self._waiting <= _CROWD // 2:  # they went on meanwhile, and saw no home to leave
+                    self._home.leave()
+            self._send(groups)
+        except Exception as error:  # noqa: BLE001 - they are in no queue any more: nobody else would tell them
+            fault = unexpected("sending calls", error)
+            for group in groups:
+                group.fail(fault)
+
+    def _send(self, groups: Sequence[CallGroup]) -> None:
+        """Small groups that go to the same node share an exchange."""
         open_batches: dict[Endpoint, list[Call]] = {}
         sizes: dict[Endpoint, int] = {}
-        while self._queue:
-            for endpoint, calls in _by_endpoint(self._queue.popleft().calls).items():
+        for group in groups:
+            for endpoint, calls in _by_endpoint(group.calls).items():
                 size = sum(call.frame.nbytes for call in calls)
                 batch = open_batches.get(endpoint)
                 merges = batch is not None and sizes[endpoint] + size <= _MERGE_BYTES
@@ -193,6 +209,8 @@ class Dispatcher:
             answers.fail(error)
         except asyncio.CancelledError:
             answers.fail(PeerUnreachableError(f"the exchange with {endpoint} was cancelled"))
+        except BaseException as error:  # noqa: BLE001 - nobody awaits this task: its calls are told
+            answers.fail(unexpected(f"the exchange with {endpoint}", error))
         finally:
             answers.close()
 
@@ -209,11 +227,15 @@ class Dispatcher:
     def _complete_arrived(self) -> None:
         """Results that came together are looked at together, which is cheaper than in each caller's thread."""
         arrived, self._arrived = self._arrived, []
-        finite = all_surely_finite([tensor for call in arrived for tensor in call.result])  # type: ignore[union-attr]
+        finite = False  # then each caller looks for itself
+        try:
+            finite = all_surely_finite([tensor for call in arrived for tensor in call.result])  # type: ignore[union-attr]
+        except Exception as error:  # noqa: BLE001 - the answers of all of them hang on it
+            unexpected("looking at answers that came together", error)
         for call in arrived:
             call.is_finite = finite
             if call.result is not None:
-                self._complete(call, call.result)
+                attempt("handing over an answer", self._complete, call, call.result)
 
     def _complete(self, call: Call, result: Flat | P2PMoEError) -> None:
         group = call.group

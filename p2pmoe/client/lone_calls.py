@@ -16,6 +16,7 @@ from typing import Final
 from p2pmoe.client.answers import Answers
 from p2pmoe.client.calls import Call, CallGroup
 from p2pmoe.errors import DecodeError, P2PMoEError
+from p2pmoe.faults import unexpected
 from p2pmoe.rpc.base import BlockingTransport, Flat
 from p2pmoe.rpc.deadline import Deadline
 from p2pmoe.types import PeerId
@@ -75,7 +76,7 @@ class LoneCalls:
                 self.exchanges += 1
                 self.calls += len(group.calls)
             with contextlib.closing(replies):
-                while answers.missing and (frame := next(replies, None)) is not None:
+                while answers.missing and not group.has_failed and (frame := next(replies, None)) is not None:
                     answers.receive(frame)
                 if not answers.missing:
                     deadline.bring_forward(_LINGER_S)
@@ -84,5 +85,7 @@ class LoneCalls:
             answers.fail(error)
         except TimeoutError:
             return True  # what is missing has no result
+        except Exception as error:  # noqa: BLE001 - of the transport, or of a library below it
+            answers.fail(unexpected(f"the exchange with {endpoint}", error))
         answers.close()
         return True

@@ -28,6 +28,7 @@ from p2pmoe.errors import (
 )
 from p2pmoe.experts.directory import ExpertDirectory, ExpertRecord, Provider
 from p2pmoe.experts.uid import parse_uid
+from p2pmoe.faults import run_loop, unexpected
 from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.rpc.base import Transport
 from p2pmoe.rpc.http.client import HttpTransport
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from p2pmoe.client.remote_expert import RemoteExpert
 
 T = TypeVar("T")
+_LOOP_PATIENCE_S = 5.0
+"""How much longer than its time limit a coroutine may take to end."""
 
 
 class Swarm:
@@ -116,7 +119,7 @@ class Swarm:
             if self._dht is not None:
                 self._dht.start()
             self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="p2pmoe-swarm", daemon=True)
+            self._thread = threading.Thread(target=run_loop, args=(self._loop,), name="p2pmoe-swarm", daemon=True)
             self._thread.start()
             self._transport = self._transport or HttpTransport(identity=self.identity, swarm_key=self._swarm_key)
             self._dispatcher = Dispatcher(self._transport, self._loop, self._note_broken_reply)
@@ -246,7 +249,14 @@ class Swarm:
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         """Run a coroutine on the swarm's loop and block for its result. Raises DeadlineError."""
-        return self._schedule(coroutine, timeout_s).result()
+        future = self._schedule(coroutine, timeout_s)
+        try:
+            return future.result((timeout_s or self.timeout_s) + _LOOP_PATIENCE_S)
+        except TimeoutError as error:
+            if future.done():
+                raise
+            future.cancel()
+            raise DeadlineError("the swarm's own event loop does not turn: something blocks its thread") from error
 
     async def run_async(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         """`run` from a coroutine of any loop."""
@@ -284,3 +294,5 @@ async def _bounded(coroutine: Coroutine[Any, Any, T], timeout_s: float) -> T:
         if isinstance(error, P2PMoEError):
             raise
         raise DeadlineError(f"no answer from the swarm within {timeout_s:.3g} s") from error
+    except (KeyboardInterrupt, SystemExit) as error:  # of code that runs on the loop: it would end the loop's thread
+        raise unexpected("a coroutine on the swarm's loop", error) from error

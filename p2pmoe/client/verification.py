@@ -22,6 +22,7 @@ from p2pmoe.client.replies import check_finite, is_finite
 from p2pmoe.client.trust import Trust
 from p2pmoe.errors import ConfigError, P2PMoEError
 from p2pmoe.experts.directory import Provider
+from p2pmoe.faults import unexpected
 from p2pmoe.rpc.base import Flat
 
 MAX_RUNNING: Final = 4
@@ -129,9 +130,11 @@ class Verifier:
         try:
             sample = Sample(provider, uid, info, take_rows(inputs, rows), take_rows(outputs, rows))
             self._loop.call_soon_threadsafe(self._start, sample)
-        except RuntimeError:  # the loop is closed: nobody else will give the place back
+        except Exception as error:  # noqa: BLE001 - the call went through, whatever becomes of the sample
             self.counts.unverified += 1
             self._give_back()
+            if not self._loop.is_closed():
+                unexpected(f"taking a sample of a call of {uid}", error)
 
     async def close(self) -> None:
         """Cancel what runs. On the loop."""
@@ -176,6 +179,9 @@ class Verifier:
                 self._settle(sample, second, await self._next_answer(sample, witnesses, deadline))
         except P2PMoEError:  # the directory gave no answer, or the swarm is being closed
             self.counts.unverified += 1
+        except Exception as error:  # noqa: BLE001 - nobody awaits this task
+            self.counts.unverified += 1
+            unexpected(f"repeating a call of {sample.uid}", error)
 
     async def _witnesses(self, sample: Sample) -> list[Provider]:
         """Peers of good standing that provide the same, in random order; the last is asked first."""

@@ -14,6 +14,7 @@ from typing import Final
 from p2pmoe.dht.calls import Call, CallBook, Delay
 from p2pmoe.dht.contacts import ContactTable
 from p2pmoe.dht.requests import MakeRequest
+from p2pmoe.faults import attempt
 from p2pmoe.protocol.datagrams import (
     CALL_ID_BYTES,
     Address,
@@ -27,6 +28,8 @@ from p2pmoe.protocol.datagrams import (
 MAX_TOKENS: Final = 4096
 MAX_DRAIN: Final = 64
 STALL_S: Final = 0.05
+_LISTENER: Final = "taking an answer of the DHT"
+_SENDING: Final = "sending a datagram"
 
 
 class Caller:
@@ -71,7 +74,7 @@ class Caller:
         if self._timer is not None:
             self._timer.cancel()
         for call in self.book.cancel_all():
-            call.on_done(None)
+            _tell(call, None)
 
     def call(
         self,
@@ -88,7 +91,7 @@ class Caller:
         request = make(secrets.token_bytes(CALL_ID_BYTES), self._sender, self._tokens_held.get(address, b""))
         call = Call(request, encode_datagram(self._header, request), address, node_id, on_done, on_delay)
         if self._closed or not self.book.add(call):
-            on_done(None)
+            _tell(call, None)
             return None
         self._start_calls()
         return call
@@ -110,7 +113,7 @@ class Caller:
 
     def _start_calls(self) -> None:
         for call in self.book.startable(self._loop.time()):
-            self._send(call.datagram, call.address)
+            attempt(_SENDING, self._send, call.datagram, call.address)  # what is not sent is a lost datagram
         self._set_timer()
 
     def _set_timer(self) -> None:
@@ -126,6 +129,12 @@ class Caller:
 
     def _on_timer(self) -> None:
         self._timer = None
+        try:
+            self._look_at_time()
+        finally:  # without a timer every call would wait for ever
+            self._start_calls()
+
+    def _look_at_time(self) -> None:
         stall_s = self._loop.time() - self._timer_at
         # Replies may wait in the socket while the timer is run: read them before anybody is called late.
         drained = self._drain()
@@ -133,17 +142,16 @@ class Caller:
             self.book.postpone(max(stall_s, STALL_S))
         due = self.book.due(self._loop.time())
         for call in due.resend:
-            self._send(call.datagram, call.address)
+            attempt(_SENDING, self._send, call.datagram, call.address)
         for call in due.delayed:
             if call.on_delay is not None:
-                call.on_delay(call.delay)
+                attempt(_LISTENER, call.on_delay, call.delay, by_a_stranger=True)
         for call in due.failed:
             self.timeouts += 1
             if call.node_id is not None:
                 heard_others = self._last_reply_at > call.first_sent_at
                 self._table.missed(Contact(call.node_id, *call.address), heard_others=heard_others)
-            call.on_done(None)
-        self._start_calls()
+            _tell(call, None)
 
     def take_reply(self, reply: Reply, address: Address) -> bool:
         """Hand a reply to whoever waits for it; False when nobody does."""
@@ -153,7 +161,7 @@ class Caller:
         self._last_reply_at = self._loop.time()
         if call.node_id is not None and reply.sender != call.node_id:
             self._table.forget(Contact(call.node_id, *address))
-            call.on_done(None)
+            _tell(call, None)
         else:
             self._keep_token(address, reply.token)
             if reply.sender:
@@ -161,8 +169,8 @@ class Caller:
             if isinstance(reply, Pong) and self.on_seen is not None:
                 seen = unpack_address(reply.seen)
                 if seen is not None:
-                    self.on_seen(address, seen, reply.time_ms / 1000)
-            call.on_done(reply)
+                    attempt(_LISTENER, self.on_seen, address, seen, reply.time_ms / 1000, by_a_stranger=True)
+            _tell(call, reply)
         self._start_calls()
         return True
 
@@ -174,3 +182,8 @@ class Caller:
 
     def __repr__(self) -> str:
         return f"<Caller {self.book!r}>"
+
+
+def _tell(call: Call, reply: Reply | None) -> None:
+    """One listener must not keep the others, or the timer, from going on."""
+    attempt(_LISTENER, call.on_done, reply, by_a_stranger=True)

@@ -16,6 +16,7 @@ from p2pmoe.dht.harvest import Harvest, PageRequest
 from p2pmoe.dht.lookup import Lookup
 from p2pmoe.dht.protocol import DatagramProtocol
 from p2pmoe.dht.requests import find_message, page_message
+from p2pmoe.faults import unexpected
 from p2pmoe.protocol.datagrams import Contact, Found, Paged, Reply
 
 ALPHA: Final = 5
@@ -60,7 +61,7 @@ class Crawl:
         try:
             self._advance()
             async with asyncio.timeout(deadline_s):
-                await self._finished
+                await self._finished  # raises UnexpectedError when an answer was too much for us
         except TimeoutError:
             pass
         finally:
@@ -99,9 +100,21 @@ class Crawl:
         if not self._finished.done():
             self._finished.set_result(None)
 
+    def _fail(self, error: Exception) -> None:
+        """An answer could not be taken in: this look-up fails, not whoever handed us the answer."""
+        fault = unexpected("a look-up in the DHT", error, by_a_stranger=True)
+        if not self._finished.done():
+            self._finished.set_exception(fault)
+
     def _answered(self, contact: Contact, reply: Reply | None) -> None:
         if self._finished.done():
             return
+        try:
+            self._take_answer(contact, reply)
+        except Exception as error:  # noqa: BLE001
+            self._fail(error)
+
+    def _take_answer(self, contact: Contact, reply: Reply | None) -> None:
         if isinstance(reply, Found):
             self.lookup.answered(contact, self._protocol.contacts_in(reply, contact.host))
             if self.harvest is not None:
@@ -111,9 +124,13 @@ class Crawl:
         self._advance()
 
     def _delayed(self, contact: Contact, delay: Delay) -> None:
-        if not self._finished.done():
+        if self._finished.done():
+            return
+        try:
             (self.lookup.late if delay is Delay.LATE else self.lookup.slow)(contact)
             self._advance()
+        except Exception as error:  # noqa: BLE001
+            self._fail(error)
 
     def _ask_pages(self, requests: list[PageRequest], digest: bytes, *, again: bool = False) -> None:
         for contact, index in requests:
@@ -125,12 +142,19 @@ class Crawl:
                 self._pages.add(call)
 
     def _page_delayed(self, contact: Contact, digest: bytes, index: int, delay: Delay) -> None:
-        if delay is Delay.SLOW and self.harvest is not None and not self._finished.done():
+        if delay is not Delay.SLOW or self.harvest is None or self._finished.done():
+            return
+        try:
             self._ask_pages(self.harvest.elsewhere(contact, digest, index), digest, again=True)
+        except Exception as error:  # noqa: BLE001
+            self._fail(error)
 
     def _paged(self, contact: Contact, digest: bytes, index: int, reply: Reply | None) -> None:
         if self._finished.done() or self.harvest is None:
             return
         page = reply if isinstance(reply, Paged) else None
-        self._ask_pages(self.harvest.paged(contact, digest, index, page, self._protocol.now()), digest)
-        self._advance()
+        try:
+            self._ask_pages(self.harvest.paged(contact, digest, index, page, self._protocol.now()), digest)
+            self._advance()
+        except Exception as error:  # noqa: BLE001
+            self._fail(error)

@@ -10,7 +10,8 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from typing import Any, TypeVar
 
-from p2pmoe.errors import ClosedError
+from p2pmoe.errors import ClosedError, UnexpectedError
+from p2pmoe.faults import unexpected
 
 T = TypeVar("T")
 
@@ -29,6 +30,8 @@ class LoopThread:
         self._stopping: asyncio.Event | None = None
         self._calls: set[Future[Any]] = set()
         self._closed = False
+        self._fault: UnexpectedError | None = None
+        """Why it ended by itself."""
 
     @property
     def is_running(self) -> bool:
@@ -73,9 +76,12 @@ class LoopThread:
         future: Future[T] = Future()
         with self._lock:
             if self._closed or self.loop is None:
-                raise ClosedError(f"{self.name} is not running; call start() first, and nothing after close()")
+                raise self._closed_error("is not running; call start() first, and nothing after close()")
+            try:
+                self.loop.call_soon_threadsafe(self._begin, make, future)
+            except RuntimeError as error:  # it ended a moment ago
+                raise self._closed_error("was closed") from error
             self._calls.add(future)
-            self.loop.call_soon_threadsafe(self._begin, make, future)
         future.add_done_callback(self._calls.discard)
         return future
 
@@ -89,7 +95,7 @@ class LoopThread:
         except asyncio.CancelledError:
             caller = asyncio.current_task()
             if self._closed and not (caller is not None and caller.cancelling()):
-                raise ClosedError(f"{self.name} was closed during the call") from None
+                raise self._closed_error("was closed during the call") from None
             raise
 
     def _run(
@@ -102,6 +108,8 @@ class LoopThread:
         except BaseException as error:  # noqa: BLE001 - it is raised again where somebody waits for it
             if not ready.done():
                 ready.set_exception(error)
+            else:
+                self._fault = unexpected(f"the thread {self.name}", error)
         finally:
             self._closed = True
             for call in tuple(self._calls):
@@ -117,10 +125,15 @@ class LoopThread:
                 return
         await main(lambda: ready.set_result(None), self._stopping)
 
+    def _closed_error(self, how: str) -> ClosedError:
+        if self._fault is not None:
+            return ClosedError(f"{self.name} has ended by itself, make it anew: {self._fault}")
+        return ClosedError(f"{self.name} {how}")
+
     def _begin(self, make: Callable[[], Coroutine[Any, Any, T]], future: Future[T]) -> None:
         if future.cancelled() or self.loop is None:
             return
-        task = self.loop.create_task(make())
+        task = self.loop.create_task(_made(make))
         # The loop keeps weak references only; the future's callback keeps this one alive.
         future.add_done_callback(partial(self._cancel_task, task))
         task.add_done_callback(partial(_settle, future))
@@ -131,6 +144,14 @@ class LoopThread:
                 self.loop.call_soon_threadsafe(task.cancel)
             except RuntimeError:
                 pass  # the loop is closed, and with it the task
+
+
+async def _made(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """What `make` gives, and what it raises, for whoever waits; nothing that would end the loop."""
+    try:
+        return await make()
+    except (KeyboardInterrupt, SystemExit) as error:
+        raise unexpected("a coroutine on an event loop", error) from error
 
 
 def _settle(future: Future[T], task: asyncio.Task[T]) -> None:

@@ -18,6 +18,7 @@ from p2pmoe.dht.contacts import BUCKET_SIZE
 from p2pmoe.dht.observations import MIN_REPORTERS, Observations
 from p2pmoe.dht.server import SwarmServer
 from p2pmoe.errors import BootstrapError
+from p2pmoe.faults import unexpected
 from p2pmoe.protocol.datagrams import Address
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,10 @@ class Membership:
         """Runs until it is cancelled."""
         retry_s = FIRST_RETRY_S
         if not self._server.client_mode:
-            await self._server.refresh_buckets(0)
+            try:
+                await self._server.refresh_buckets(0)
+            except Exception as error:  # noqa: BLE001 - the rounds below must begin all the same
+                unexpected("filling the DHT's table", error)
         while True:
             if len(self._server.table) == 0 and self.wants_peers:
                 pause_s = retry_s
@@ -119,8 +123,8 @@ class Membership:
             await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))  # noqa: S311
             try:
                 await self.maintain()
-            except Exception:
-                log.exception("DHT upkeep failed; trying again in %.0f s", MAINTAIN_EVERY_S)
+            except Exception as error:  # noqa: BLE001 - the next round may go better
+                unexpected("a round of the DHT's upkeep", error, by_a_stranger=True)
 
     async def maintain(self) -> None:
         """One round: join again when nearly alone, ping the silent, try some of those that were lost."""

@@ -24,6 +24,7 @@ from p2pmoe.dht.state_file import load_state, save_state
 from p2pmoe.dht.stats import DHTStats, take_stats
 from p2pmoe.dht.validation import MAX_SEQUENCE_AHEAD_S
 from p2pmoe.errors import BootstrapError, ConfigError
+from p2pmoe.faults import watch
 from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.protocol.datagrams import Address
 from p2pmoe.protocol.records import Record
@@ -245,6 +246,7 @@ class DHTNode:
             if self.membership.wants_peers:
                 await self.membership.join_first(wait_for_peers=wait_for_peers)
             upkeep = asyncio.create_task(self.membership.upkeep())
+            watch(upkeep, "the DHT's upkeep")
             ready()
             await stopping.wait()
         finally:

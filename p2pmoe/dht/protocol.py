@@ -24,6 +24,7 @@ from p2pmoe.dht.store import RecordStore
 from p2pmoe.dht.tokens import SourceBudgets, source_of
 from p2pmoe.dht.validation import RecordTrust
 from p2pmoe.errors import DecodeError
+from p2pmoe.faults import unexpected
 from p2pmoe.protocol.datagrams import (
     PLAIN,
     SEALED,
@@ -134,6 +135,13 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         return count
 
     def _receive(self, data: bytes, addr: tuple[Any, ...]) -> None:
+        try:
+            self._take(data, addr)
+        except Exception as error:  # noqa: BLE001 - one datagram must not keep us from reading the others
+            self.counters.malformed += 1
+            unexpected("taking in a datagram", error, by_a_stranger=True)
+
+    def _take(self, data: bytes, addr: tuple[Any, ...]) -> None:
         self.counters.datagrams_in += 1
         self.counters.bytes_in += len(data)
         address = plain_address(addr)

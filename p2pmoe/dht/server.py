@@ -26,6 +26,7 @@ from p2pmoe.dht.store import RecordStore
 from p2pmoe.dht.tokens import SourceBudgets
 from p2pmoe.dht.validation import REPLICAS, RecordTrust
 from p2pmoe.errors import DecodeError, RecordError
+from p2pmoe.faults import own
 from p2pmoe.identity import SwarmKey
 from p2pmoe.protocol.datagrams import (
     PLAIN,
@@ -247,9 +248,12 @@ class SwarmServer(Server):  # type: ignore[misc]
         for holder in holders:
             records = harvest.lacking(holder, now)
             if records and len(self._repairing) < MAX_REPAIRS:
-                task = asyncio.create_task(self._hand_over(key, holder, records))
-                self._repairing.add(task)
-                task.add_done_callback(self._repairing.discard)
+                own(
+                    self._hand_over(key, holder, records),
+                    self._repairing,
+                    "repairing a holder's records",
+                    by_a_stranger=True,
+                )
 
     async def _hand_over(self, key: bytes, holder: Contact, records: Sequence[Record]) -> None:
         self.repairs += 1

@@ -18,6 +18,7 @@ from p2pmoe.experts.cache import ChildrenCache
 from p2pmoe.experts.children import NO_CHILDREN, Children, Provider, children_of
 from p2pmoe.experts.declarations import Child, Declarations, Values, by_prefix
 from p2pmoe.experts.uid import ExpertUid, UidPattern, parse_prefix, parse_uid, prefix_of
+from p2pmoe.faults import unexpected, watch
 from p2pmoe.types import Endpoint, PeerId
 
 __all__ = ["Children", "ExpertDirectory", "ExpertRecord", "Provider"]
@@ -247,6 +248,7 @@ class ExpertDirectory:
         if task is None:
             task = self._reads[prefix] = asyncio.create_task(self._read_network(prefix))
             task.add_done_callback(lambda _: self._reads.pop(prefix, None))
+            watch(task, f"reading {prefix}")  # those who asked may have left
         # One caller that gives up does not end the read of the others.
         return await asyncio.shield(task)
 
@@ -270,6 +272,8 @@ class ExpertDirectory:
             await self._read(prefix, ahead=True)
         except P2PMoEError as error:
             log.debug("refreshing %s failed: %s", prefix, error)
+        except Exception as error:  # noqa: BLE001 - nobody waits for a refresh
+            unexpected(f"refreshing {prefix}", error)
         finally:
             self._refreshing.discard(prefix)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from p2pmoe.errors import CallError, DecodeError, EncodeError, ExpertFailedError, OverloadedError, WireVersionError
+from p2pmoe.faults import attempt, unexpected
 from p2pmoe.protocol.frames import (
     Buffer,
     EncodedFrame,
@@ -181,9 +182,9 @@ class ServerExchange:
             check_wire_version(event.header)
             self._service.admit(event.header, self._caller)
             self._budget.take(event.body_bytes)
-        except CallError as error:
+        except Exception as error:  # noqa: BLE001 - this call's failure, not its neighbours'
             self._reader.skip()
-            self._fail(event.header, error)
+            self._fail(event.header, _call_error("looking at a call", error))
             return
         self._reserved = event.body_bytes
         self._receiving = event.header
@@ -192,11 +193,11 @@ class ServerExchange:
         held, self._reserved = self._reserved, 0
         try:
             future = self._service.submit(frame, self._caller)
-        except CallError as error:
+        except Exception as error:  # noqa: BLE001
             self._budget.give(held)
-            self._fail(frame.header, error)
+            self._fail(frame.header, _call_error("queueing a call", error))
             return
-        self._service.count_wire("in", frame.header.inputs)
+        attempt("counting a call", self._service.count_wire, "in", frame.header.inputs, by_a_stranger=True)
         self._running[future] = held
         when_done(future, partial(self._finish, frame.header))
 
@@ -207,8 +208,7 @@ class ServerExchange:
             if error is None:
                 self._succeed(header, future.result())
             else:
-                failure = error if isinstance(error, CallError) else ExpertFailedError(f"the node failed: {error!r}")
-                self._fail(header, failure)
+                self._fail(header, _call_error("computing a call", error))
         if not self._closed:
             self._wake()
 
@@ -217,11 +217,20 @@ class ServerExchange:
             self._results.append(self._encode(header, tensors))
         except EncodeError as error:  # the expert gave something else than its schema says
             self._fail(header, ExpertFailedError(f"the result cannot be sent: {error}"))
+        except Exception as error:  # noqa: BLE001 - nobody else would tell the caller
+            self._fail(header, _call_error("sending a result", error))
 
     def _fail(self, header: RequestHeader, error: CallError) -> None:
         self._results.append(encode_frame(error_header(header.id, header.model_name, error)))
 
     def _encode(self, header: RequestHeader, tensors: Flat) -> EncodedFrame:
         headers, memories = describe_tensors(tensors, self._service.result_codecs(header))
-        self._service.count_wire("out", headers)
+        attempt("counting a call", self._service.count_wire, "out", headers, by_a_stranger=True)
         return encode_frame(ResponseHeader(id=header.id, model_name=header.model_name, outputs=headers), memories)
+
+
+def _call_error(what: str, error: BaseException) -> CallError:
+    """What a caller is told; what nobody foresaw is told to the log too."""
+    if isinstance(error, CallError):
+        return error
+    return ExpertFailedError(f"the node failed: {unexpected(what, error, by_a_stranger=True)}")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.experts.directory import ExpertDirectory
+from p2pmoe.faults import unexpected
 from p2pmoe.types import Endpoint
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,10 @@ class Announcer:
         except P2PMoEError as error:
             if not self._failing:  # one line, not one every try
                 logger.warning("could not declare %d experts: %s; trying on", len(self._schemas), error)
+            self._failing = True
+            return False
+        except Exception as error:  # noqa: BLE001 - a node that stops announcing is lost to its swarm
+            unexpected(f"declaring {len(self._schemas)} experts", error, by_a_stranger=True)
             self._failing = True
             return False
         if self._failing:

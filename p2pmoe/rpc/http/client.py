@@ -179,6 +179,7 @@ class HttpTransport:
 
     def _sweep(self) -> None:
         """Once nothing is idle, the next exchange begins anew with looking."""
+        self._sweeping = False  # should it raise, the next exchange begins anew too
         self._sweeping = bool(self._blocking.sweep())
         if self._sweeping:
             self._sweep_later()

@@ -15,6 +15,7 @@ from aiohttp.http import HttpRequestParser, RawRequestMessage
 
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import BadRequestError, TooLargeError
+from p2pmoe.faults import attempt
 from p2pmoe.rpc.exchange import ServerExchange
 from p2pmoe.rpc.http.admission import Ticket
 from p2pmoe.rpc.http.direct_body import DirectBody
@@ -292,5 +293,5 @@ class ConnectionWatch:
                 connection.drop()
 
     def _look(self) -> None:
-        self.sweep(asyncio.get_running_loop().time())
+        attempt("looking for overdue connections", self.sweep, asyncio.get_running_loop().time(), by_a_stranger=True)
         self.start()

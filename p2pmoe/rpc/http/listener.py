@@ -12,10 +12,11 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, Final
 
 from p2pmoe.errors import OverloadedError
+from p2pmoe.faults import attempt, own
 from p2pmoe.rpc.http.admission import Admission, Ticket
 
 BACKLOG: Final = 128
@@ -73,7 +74,7 @@ class Listener:
             await self.close()
             raise
         for listening in self._sockets:
-            _start(self._accept(listening), self._accepting)
+            own(self._accept(listening), self._accepting, "accepting connections")
         return port
 
     async def close(self) -> None:
@@ -118,15 +119,23 @@ class Listener:
             if self._closing:
                 connection.close()
                 return
-            try:
-                ticket = self._admission.enter(address[0])
-            except OverloadedError as error:
-                logger.debug("connection refused: %s", error)
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-                connection.close()
-            else:
-                _start(self._open(connection, ticket), self._opening)
+            # Whatever a connection does to us, the next one must be accepted.
+            attempt("accepting a connection", self._take, connection, address, by_a_stranger=True)
             await asyncio.sleep(0)  # accepting a waiting caller does not yield by itself, and they may never end
+
+    def _take(self, connection: socket.socket, address: tuple[Any, ...]) -> None:
+        try:
+            ticket = self._admission.enter(address[0])
+        except OverloadedError as error:
+            logger.debug("connection refused: %s", error)
+            with contextlib.suppress(OSError):  # the caller was quicker
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            connection.close()
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            own(self._open(connection, ticket), self._opening, "a handshake", by_a_stranger=True)
 
     async def _open(self, connection: socket.socket, ticket: Ticket) -> None:
         loop = asyncio.get_running_loop()
@@ -139,12 +148,6 @@ class Listener:
         except BaseException:
             ticket.give_back()
             raise
-
-
-def _start(coroutine: Coroutine[Any, Any, None], owned: set[asyncio.Task[None]]) -> None:
-    task = asyncio.get_running_loop().create_task(coroutine)
-    owned.add(task)
-    task.add_done_callback(owned.discard)
 
 
 def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:

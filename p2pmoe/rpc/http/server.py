@@ -21,6 +21,7 @@ from p2pmoe.errors import (
     TooLargeError,
     WireVersionError,
 )
+from p2pmoe.faults import attempt
 from p2pmoe.identity import Identity
 from p2pmoe.identity.certificate import CertificateSource
 from p2pmoe.protocol.frames import FrameLimits
@@ -118,6 +119,8 @@ class HttpServer:
             await self._runner.cleanup()
             raise _listen_error(self._config, error) from error
         self._watch.start()
+        if self._certificate is not None:
+            self._certificate.renew_if_due()  # here what it raises is the start's failure
         self._renew_certificate()
 
     @property
@@ -169,7 +172,7 @@ class HttpServer:
     def _renew_certificate(self) -> None:
         # By the wall clock and often: a laptop sleeps, and a clock may be set right long after the start.
         if self._certificate is not None:
-            self._certificate.renew_if_due()
+            attempt("renewing the certificate", self._certificate.renew_if_due)
             self._renewal = asyncio.get_running_loop().call_later(_RENEWAL_CHECK_S, self._renew_certificate)
 
     # -- routes

@@ -11,6 +11,7 @@ import warnings
 import pytest
 from swarm_kit import WAIT_S
 
+from p2pmoe import faults
 from p2pmoe.config import LimitsConfig
 from p2pmoe.rpc.http.admission import Admission, Ticket
 from p2pmoe.rpc.http.listener import Listener
@@ -59,3 +60,38 @@ async def test_closing_between_accept_and_the_next_step_leaves_no_socket(turns: 
             del listener
         gc.collect()
     assert [str(each.message) for each in caught if issubclass(each.category, ResourceWarning)] == []
+
+
+async def test_whatever_a_connection_does_to_us_the_next_one_is_accepted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(faults, "_told_at", {})
+    admission = Admission(LimitsConfig())
+    real, failures = admission.enter, iter([OSError("reset"), TypeError("nobody foresaw it")])
+
+    def enter(address: str) -> Ticket:
+        if (error := next(failures, None)) is not None:
+            raise error
+        return real(address)
+
+    monkeypatch.setattr(admission, "enter", enter)
+    accepted: asyncio.Queue[Quiet] = asyncio.Queue()
+
+    def make(ticket: Ticket) -> Quiet:
+        accepted.put_nowait(Quiet(ticket))
+        return Quiet(ticket)
+
+    listener = Listener(make, admission, context=None, handshake_timeout_s=WAIT_S, shutdown_timeout_s=WAIT_S)
+    port = await listener.start("127.0.0.1", 0)
+    writers = []
+    async with asyncio.timeout(WAIT_S):
+        for _ in range(3):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writers.append(writer)
+        await accepted.get()
+    for writer in writers:
+        writer.close()
+    await listener.close()
+    assert [each.getMessage() for each in caplog.records if each.exc_info] == [
+        "accepting a connection failed unexpectedly"
+    ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from frame_kit import BAD_HEADERS, call_bytes
 
+from p2pmoe import faults
 from p2pmoe.errors import BadRequestError, DecodeError, OverloadedError, TooLargeError
 from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader, FrameReceived, FrameRefused
 from p2pmoe.protocol.messages import RequestHeader, RequestParameters, response_decoder
@@ -272,3 +273,43 @@ async def test_results_travel_in_the_codecs_of_the_schema() -> None:
 
 def test_it_prints_its_state() -> None:
     assert "0 calls, 0 running, 0 results" in repr(Play().exchange)
+
+
+# ------------------------------------------------------------------------------------- what nobody foresaw
+
+
+@pytest.mark.parametrize("where", ["admit", "submit", "count_wire", "result_codecs", "future"])
+async def test_what_nobody_foresaw_is_an_error_of_its_own_call(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Never a call without an answer, and the neighbours have theirs."""
+    monkeypatch.setattr(faults, "_told_at", {})
+    play = Play()
+    real = getattr(play.service, where, None)
+
+    def fail(*arguments: Any) -> Any:
+        if getattr(arguments[0], "header", arguments[0]).id == "b":
+            raise AttributeError("nobody foresaw it")
+        return real(*arguments)
+
+    if where == "count_wire":
+        play.service.count_wire = lambda *_: 1 / 0
+    elif where != "future":
+        setattr(play.service, where, fail)
+    for call_id in "abc":
+        play.exchange.feed(call_bytes(X, id=call_id))
+    play.exchange.feed_eof()
+    if where == "future":
+        play.service.futures["b"].set_exception(AttributeError("nobody foresaw it"))
+    await play.answer(*[call_id for call_id in "abc" if call_id in play.service.futures and call_id != "b"])
+    if "b" in play.service.futures and not play.service.futures["b"].done():
+        await play.answer("b")
+    frames = {frame.header.id: frame.header for frame in decode(play.exchange.take_results())}
+    assert {call_id: header.code for call_id, header in frames.items()} == {
+        "a": 200, "b": 200 if where == "count_wire" else 500, "c": 200,
+    }  # fmt: skip
+    if where != "count_wire":
+        assert "AttributeError: nobody foresaw it" in frames["b"].message
+    assert not play.exchange.outstanding
+    assert play.budget.held == 0
+    assert sum(bool(record.exc_info) for record in caplog.records) == 1, "one traceback, however often it happens"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from swarm_kit import ALICE, until
 
+from p2pmoe import faults
 from p2pmoe.errors import PeerUnreachableError
 from p2pmoe.server import announcer as module
 from p2pmoe.server.announcer import Announcer
@@ -78,3 +79,27 @@ async def test_without_experts_there_is_nothing_to_say() -> None:
     await announcer.close()
     assert (directory.declared, directory.withdrawn) == (0, [])
     assert "0 experts" in repr(announcer)
+
+
+async def test_what_nobody_foresaw_is_told_and_tried_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_RETRY_S", 0.01)
+    monkeypatch.setattr(faults, "_told_at", {})
+    directory = FakeDirectory()
+    announcer = make(directory)
+    await announcer.start()
+    real, failures = directory.declare, iter([True, True])
+
+    async def declare(*arguments: Any) -> None:
+        if next(failures, False):
+            raise TypeError("nobody foresaw it")
+        await real(*arguments)
+
+    directory.declare = declare
+    declared = directory.declared
+    await until(lambda: directory.declared > declared + 1)
+    await announcer.close()
+    assert [each.getMessage() for each in caplog.records if each.exc_info] == [
+        "declaring 1 experts failed unexpectedly"
+    ]
