@@ -6,6 +6,7 @@ Each room takes its own section (`HttpConfig`, `DHTConfig`, …), never the whol
 
 from __future__ import annotations
 
+import codecs
 import datetime as dt
 import math
 import re
@@ -18,6 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from p2pmoe.errors import ConfigError, shown
+from p2pmoe.files import beside, expand_home, without_mark
 from p2pmoe.types import is_loopback
 
 MAX_CONFIG_BYTES: Final = 256 * 1024
@@ -25,8 +27,11 @@ MAX_CONFIG_BYTES: Final = 256 * 1024
 MAX_CONFIG_DEPTH: Final = 16
 """How deep tables and arrays may be nested in each other."""
 MAX_KEY_PARTS: Final = 32
+PATH_KEY: Final = "_path"
+"""How the name of every key ends that is a path; `experts.modules` lists some too."""
 _PART: Final = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+"""
 _DEEP_KEY_RE: Final = re.compile(rf"(?<![\w-]){_PART}(?:\.[ \t]*+{_PART}){{{MAX_KEY_PARTS}}}")
+_OWN_KEY_RE: Final = re.compile(r"(?:[a-z_]+_path|modules): ")
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Positive = Annotated[int, Meta(gt=0)]
@@ -39,7 +44,21 @@ PeerIdText = Annotated[str, Meta(pattern="^[a-z2-7]{32}\\Z")]
 
 
 class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """One table of node.toml. Immutable; unknown keys are refused."""
+    """One table of node.toml. Immutable; unknown keys are refused.
+
+    A key that ends in `_path` is a path, and `~` in it the home folder.
+    """
+
+    def __post_init__(self) -> None:
+        for field in self.__struct_fields__:
+            value = getattr(self, field)
+            if field.endswith(PATH_KEY) and value is not None:
+                self._put(field, _expanded(field, value))
+
+    def _put(self, field: str, value: Any) -> None:
+        """Only while it is made."""
+        if value != getattr(self, field):
+            msgspec.structs.force_setattr(self, field, value)
 
 
 class HttpConfig(Section, frozen=True):
@@ -59,6 +78,7 @@ class HttpConfig(Section, frozen=True):
     keepalive_timeout_s: Seconds = 75.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key, host in (("host", self.host), ("announce_host", self.announce_host)):
             if not self.tls and host is not None and not is_loopback(host):
                 raise ConfigError(
@@ -231,7 +251,11 @@ class ExpertsConfig(Section, frozen=True):
     seed: int | None = None
     """Makes the initial parameters of every uid reproducible."""
     modules: tuple[str, ...] = ()
-    """Python modules or files of your own, imported at start; they call `register_expert_class`."""
+    """Python modules or files (`*.py`) of your own, imported at start; they call `register_expert_class`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._put("modules", tuple(_expanded("modules", each) for each in self.modules))
 
 
 class LogConfig(Section, frozen=True):
@@ -268,34 +292,54 @@ class NodeConfig(Section, frozen=True):
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> NodeConfig:
         """Read a TOML file; `overrides` maps dotted key paths (`dht.port`) to values that win over the file.
 
+        Relative paths in the file start in its folder.
+
         Raises:
             ConfigError: the file cannot be read or is no TOML, or a key is unknown or of the wrong type.
         """
         try:
-            with Path(path).open("rb") as file:
+            with Path(expand_home(str(path))).open("rb") as file:
                 content = file.read(MAX_CONFIG_BYTES + 1)
+            if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ConfigError(f"{path}: it is UTF-16, TOML is UTF-8; save it as UTF-8")
             if len(content) > MAX_CONFIG_BYTES:
                 raise ConfigError(f"{path}: longer than {MAX_CONFIG_BYTES} bytes; it is no node.toml")
-            text = content.decode()
-        except (OSError, UnicodeDecodeError) as error:
+            text = without_mark(content).decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: {error}; save it as UTF-8") from error
+        except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error}; pass an existing file with -c node.toml") from error
-        return cls.parse(text, source=str(path), overrides=overrides)
+        return cls.parse(text, source=str(path), overrides=overrides, folder=Path(expand_home(str(path))).parent)
 
     @classmethod
-    def parse(cls, text: str, *, source: str = "node.toml", overrides: Mapping[str, Any] | None = None) -> NodeConfig:
-        """The same from a string; `source` is the name that errors give."""
+    def parse(
+        cls,
+        text: str,
+        *,
+        source: str = "node.toml",
+        overrides: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+    ) -> NodeConfig:
+        """The same from a string; `source` is the name that errors give, `folder` where relative paths start."""
         try:
             tree = parse_toml(text)
         except ValueError as error:
             raise ConfigError(f"{source}: not valid TOML: {error}") from error
-        return cls.from_tree(tree, source=source, overrides=overrides)
+        return cls.from_tree(tree, source=source, overrides=overrides, folder=folder)
 
     @classmethod
     def from_tree(
-        cls, tree: Mapping[str, Any], *, source: str = "settings", overrides: Mapping[str, Any] | None = None
+        cls,
+        tree: Mapping[str, Any],
+        *,
+        source: str = "settings",
+        overrides: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
     ) -> NodeConfig:
-        """The same from nested mappings."""
+        """The same from nested mappings. Relative paths in `overrides` start in the working directory."""
         merged = _copy_tree(tree, source)
+        if folder is not None:
+            _put_beside(folder, merged)
         for key_path, value in (overrides or {}).items():
             _set_path(merged, key_path, _copy_value(value, source, 1), source)
         for section, key, value in _FALSE_MEANS:
@@ -306,8 +350,6 @@ class NodeConfig(Section, frozen=True):
             return msgspec.convert(merged, cls)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{source}: {shown(_readable(error))}") from error
-        except UnicodeEncodeError as error:  # bytes of an environment variable that are no UTF-8
-            raise ConfigError(f"{source}: a text is no valid Unicode: {error.reason}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, for printing."""
@@ -348,6 +390,26 @@ def parse_host_port(text: str, *, what: str = "address") -> tuple[str, int]:
     return host, int(port)
 
 
+def _expanded(key: str, path: str) -> str:
+    try:
+        return expand_home(path)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _put_beside(folder: Path, tree: dict[str, Any]) -> None:
+    """Relative paths of a file start in its folder; a module without .py is a dotted name, not a path."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and key != "options":  # those are the class's own affair
+            _put_beside(folder, value)
+        elif key.endswith(PATH_KEY) and isinstance(value, str):
+            tree[key] = beside(folder, value)
+        elif key == "modules" and isinstance(value, list):
+            tree[key] = [
+                beside(folder, each) if isinstance(each, str) and each.endswith(".py") else each for each in value
+            ]
+
+
 def _copy_tree(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {key: _copy_value(value, source, 1) for key, value in tree.items()}
 
@@ -361,6 +423,11 @@ def _copy_value(value: Any, source: str, depth: int) -> Any:
         return [_copy_value(each, source, depth + 1) for each in value]
     if isinstance(value, dt.date | dt.time):
         raise ConfigError(f"{source}: {value} is no setting; a date or a time is written in quotes")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # bytes of an argument or a variable that are no UTF-8
+            raise ConfigError(f"{source}: {value!a} is no valid Unicode; write it in UTF-8") from error
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{source}: {value} is no setting; write a finite number")
     return value
@@ -386,4 +453,6 @@ def _readable(error: msgspec.ValidationError) -> str:
     if unknown:
         key = f"{key}.{unknown}" if key else unknown
         return f"{key}: unknown key; see node.toml for every key and its default"
+    if _OWN_KEY_RE.match(message):  # our own words name the key already
+        return f"{key}.{message}" if key else message
     return f"{key or 'top level'}: {message[0].lower()}{message[1:]}"

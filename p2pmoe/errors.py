@@ -3,6 +3,7 @@
     P2PMoEError
     ├── LocalError                  our own side: the caller, the file, the machine
     │   ├── ConfigError             node.toml, an environment variable or a flag is wrong
+    │   ├── UsageError              an argument of the command line is none
     │   ├── IdentityError           the key file cannot be read, parsed or trusted
     │   │   └── DelegationError     our delegation for a closed swarm is missing, over, or covers less
     │   ├── AddressInUseError       a port to listen on is taken or not allowed
@@ -69,6 +70,12 @@ class ConfigError(LocalError, ValueError):
     """A setting is wrong: the message names the file, the key path and what was expected."""
 
     exit_code = 3
+
+
+class UsageError(LocalError, ValueError):
+    """An argument of the command line cannot be what it stands for."""
+
+    exit_code = 2
 
 
 class IdentityError(LocalError):

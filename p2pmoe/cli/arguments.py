@@ -9,7 +9,15 @@ from typing import Annotated, Final
 
 import typer
 
-from p2pmoe.errors import ConfigError
+from p2pmoe.cli.terminal import legible
+from p2pmoe.errors import ConfigError, UsageError
+from p2pmoe.files import expand_home
+
+
+def at_home(path: Path | None) -> Path | None:
+    """`~` that the shell left alone, as in `--config=~/node.toml`. Raises ConfigError."""
+    return None if path is None else Path(expand_home(str(path)))
+
 
 _SEVERAL: Final = {
     "--initial-peers": re.compile(r"[^\s/]+:\d+(,[^\s/]+:\d+)*"),
@@ -48,8 +56,22 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a s
 Seed = Annotated[int, typer.Option(min=0, help="Seeds the initial parameters and the order of samples.")]
 RunDir = Annotated[
     Path | None,
-    typer.Option("--run-dir", metavar="FOLDER", file_okay=False, help="Where loss.png and result.json go."),
+    typer.Option(
+        "--run-dir", metavar="FOLDER", file_okay=False, callback=at_home, help="Where loss.png and result.json go."
+    ),
 ]
+
+
+def check_text(arguments: Sequence[str]) -> None:
+    r"""Raises UsageError for an argument whose bytes are no text, such as `$'\xff'`."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the argument '{legible(argument)}' is no text in this locale's encoding; write it in UTF-8, with "
+                f"LC_ALL=C.UTF-8 where the locale is another, and rename a file of such a name"
+            ) from error
 
 
 def spread_values(arguments: Sequence[str]) -> list[str]:

@@ -12,11 +12,12 @@ from typing import Annotated, Final
 
 import typer
 
-from p2pmoe.cli.arguments import AsJson, SwarmId
+from p2pmoe.cli.arguments import AsJson, SwarmId, at_home
 from p2pmoe.cli.output import print_json
 from p2pmoe.cli.settings import load_node_config
 from p2pmoe.errors import ConfigError, DecodeError, IdentityError
 from p2pmoe.experts.uid import parse_prefix
+from p2pmoe.files import expand_home, without_mark
 from p2pmoe.identity import (
     MAX_KEY_FILE_BYTES,
     PUBLIC_KEY_BYTES,
@@ -37,7 +38,9 @@ swarm_key_app = typer.Typer(
 )
 app.add_typer(swarm_key_app, name="swarm-key")
 
-KeyFile = Annotated[Path, typer.Argument(metavar="KEY_FILE", help="What node.toml calls identity_path.")]
+KeyFile = Annotated[
+    Path, typer.Argument(metavar="KEY_FILE", callback=at_home, help="What node.toml calls identity_path.")
+]
 
 _WARNING: Final = (
     "warning: this is the PRIVATE key of peer {peer_id}. Whoever reads it is that peer, for ever: it cannot be taken "
@@ -89,7 +92,8 @@ def export_key(
 def import_key(
     path: KeyFile,
     source: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE", help="The exported key; standard input if left out.")
+        Path | None,
+        typer.Option("--from", metavar="FILE", callback=at_home, help="The exported key; standard input if left out."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -100,6 +104,8 @@ def import_key(
     if source is not None:
         identity = Identity.load(source)  # a file that others can read is refused: the key is not yours alone
     else:
+        if sys.stdin is None:
+            raise IdentityError("standard input is closed; name the exported key's file with --from FILE")
         identity = Identity.from_pem(sys.stdin.buffer.read(MAX_KEY_FILE_BYTES + 1))
     identity.save(path)
     _print(identity, path, as_json=as_json)
@@ -107,7 +113,9 @@ def import_key(
 
 @app.command("delegate")
 def delegate_to(
-    owner: Annotated[Path, typer.Argument(metavar="OWNER_KEY_FILE", help="Key file of the swarm's owner.")],
+    owner: Annotated[
+        Path, typer.Argument(metavar="OWNER_KEY_FILE", callback=at_home, help="Key file of the swarm's owner.")
+    ],
     member: Annotated[
         str,
         typer.Argument(
@@ -120,7 +128,10 @@ def delegate_to(
     days: Annotated[float, typer.Option(min=0.001, max=36_500, help="How long from now.")] = 30.0,
     swarm_id: SwarmId = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write it; an older delegation there is replaced.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", callback=at_home, help="Where to write it; an older delegation there is replaced."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -163,7 +174,9 @@ def delegate_to(
 
 @swarm_key_app.command("new")
 def new_swarm_key(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="What node.toml calls access.swarm_key_path.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", callback=at_home, help="What node.toml calls access.swarm_key_path.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Make the secret of a private swarm, readable by you alone; never overwrites one.
@@ -179,7 +192,9 @@ def new_swarm_key(
 
 @app.command("admin-token")
 def admin_token(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="What node.toml calls admin.token_path.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", callback=at_home, help="What node.toml calls admin.token_path.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Make the token that lets you read a node's metrics from another machine; never overwrites one.
@@ -208,15 +223,16 @@ def _read_member(text: str) -> bytes:
     if public_key is not None:
         return public_key
     try:
-        with Path(text).open("rb") as file:
-            content = file.read(MAX_FILE_BYTES)
+        path = expand_home(text)
+        with Path(path).open("rb") as file:
+            content = without_mark(file.read(MAX_FILE_BYTES))
     except OSError as error:
         raise ConfigError(
             f"{text!r} is neither a public key ({2 * PUBLIC_KEY_BYTES} hexadecimal digits) nor a file that can be "
             f"read: {error.strerror}; the member's `p2pmoe id show KEY_FILE --json` prints its public key"
         ) from error
     public_key = _from_hex(content.decode("ascii", errors="replace"))
-    return public_key if public_key is not None else Identity.load(text).public_key
+    return public_key if public_key is not None else Identity.load(path).public_key
 
 
 def _from_hex(text: str) -> bytes | None:
@@ -231,7 +247,7 @@ def _replace_delegation(path: Path, text: str) -> None:
     """Write it whole or not at all: a running node may read it at any moment."""
     try:
         if path.exists():
-            parse_delegation(path.read_text(encoding="utf-8"))
+            parse_delegation(without_mark(path.read_bytes()).decode())
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             temporary.write_text(text, encoding="utf-8")

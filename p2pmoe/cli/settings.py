@@ -1,13 +1,15 @@
 """Where a setting comes from: node.toml, then P2PMOE_* variables, then flags; the later one wins.
 
 The one place that reads environment variables. A key path in capitals with underscores for dots is its variable:
-`dht.port` is P2PMOE_DHT_PORT, `torch_threads` is P2PMOE_TORCH_THREADS. An empty variable counts as unset.
+`dht.port` is P2PMOE_DHT_PORT, `torch_threads` is P2PMOE_TORCH_THREADS. An empty variable counts as unset, and so do
+those that Kubernetes and Docker set for a service called p2pmoe, or p2pmoe-dht (`P2PMOE_DHT_PORT=udp://10.0.0.7:1`).
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +24,16 @@ PREFIX: Final = "P2PMOE_"
 OF_THE_COMMAND: Final = frozenset({"P2PMOE_DEBUG"})
 """Variables that are no setting of a node."""
 OF_THE_TESTS: Final = "P2PMOE_TEST_"
+
+_OF_A_SERVICE: Final = re.compile(
+    r"P2PMOE_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)",
+    re.ASCII,
+)
+_ADDRESS_OF_A_SERVICE: Final = re.compile(r"(?:tcp|udp|sctp)://\S+")
+_LIST_OF_PATHS: Final = "experts.modules"
+_BETWEEN: Final = re.compile(r"[,\s]+")
+_BETWEEN_PATHS: Final = re.compile(r"[,\n]+")
+_QUOTES: Final = ('"', "'")
 
 _CLIENT_KEYS: Final = ("initial_peers", "swarm_id", "owner", "join_timeout_s")
 
@@ -50,7 +62,9 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     paths = _paths_by_variable()
     values: dict[str, Any] = {}
     for name in sorted(environ):
-        if not name.startswith(PREFIX) or name.startswith(OF_THE_TESTS) or name in OF_THE_COMMAND or not environ[name]:
+        if not name.startswith(PREFIX) or name.startswith(OF_THE_TESTS) or name in OF_THE_COMMAND:
+            continue
+        if not environ[name].strip() or _is_of_a_service(name, environ[name]):
             continue
         if name not in paths:
             raise ConfigError(
@@ -67,12 +81,13 @@ def _paths_by_variable() -> dict[str, str]:
 
 
 def read_value(key_path: str, text: str, *, source: str) -> Any:
-    """The value that a text stands for: TOML, a comma-separated list, or the text itself, whichever the key takes.
+    """The value that a text stands for: TOML, a list, or the text itself, whichever the key takes.
 
-    Raises ConfigError when the key takes none of them.
+    Of a list the parts stand between commas, spaces or new lines (paths: between commas or new lines). Quotes that a
+    file of variables left around the whole or a part are taken off. Raises ConfigError when the key takes none of it.
     """
     first: ConfigError | None = None
-    for candidate in _readings(text):
+    for candidate in _readings(text.strip(), between=_BETWEEN_PATHS if key_path == _LIST_OF_PATHS else _BETWEEN):
         try:
             NodeConfig.from_tree({}, source=source, overrides={key_path: candidate})
         except ConfigError as error:
@@ -147,17 +162,36 @@ def split_lists(values: Sequence[str] | None) -> tuple[str, ...] | None:
     """`["a,b", "c"]` -> `("a", "b", "c")`; None when the flag was not given."""
     if not values:
         return None
-    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
+    return tuple(part for value in values for part in _parts(value, _BETWEEN))
 
 
-def _readings(text: str) -> Iterator[Any]:
-    try:
-        yield parse_toml(f"value = {text}")["value"]
-    except ValueError:
-        pass
-    else:
-        yield [part.strip() for part in text.split(",")]
-        yield text
-        return
+def _is_of_a_service(name: str, value: str) -> bool:
+    """Whether a container system set it, for whom our prefix is the name of somebody's service."""
+    if name.endswith("_PORT") and _ADDRESS_OF_A_SERVICE.fullmatch(value.strip()):
+        return True
+    return _OF_A_SERVICE.fullmatch(name) is not None
+
+
+def _readings(text: str, between: re.Pattern[str]) -> Iterator[Any]:
+    bare = _unquoted(text)
+    for each in dict.fromkeys((text, bare)):
+        try:
+            yield parse_toml(f"value = {each}")["value"]
+        except ValueError:
+            pass
     yield text
-    yield [part.strip() for part in text.split(",")]
+    yield bare
+    yield _parts(text, between)
+
+
+def _parts(text: str, between: re.Pattern[str]) -> list[str]:
+    parts = (_unquoted(part.strip()) for part in between.split(_unquoted(text.strip())))
+    return [part for part in parts if part]
+
+
+def _unquoted(text: str) -> str:
+    """Without the quotes around the whole, if they are that and not around its first and last parts."""
+    for quote in _QUOTES:
+        if len(text) > 1 and text[0] == text[-1] == quote and quote not in text[1:-1]:
+            return text[1:-1].strip()
+    return text

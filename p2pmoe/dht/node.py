@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from p2pmoe.config import DHTConfig
 from p2pmoe.dht.addresses import bind, client_host
@@ -32,6 +33,8 @@ from p2pmoe.types import PeerId, format_host_port
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+COMPLAIN_EVERY_S: Final = 86_400.0
+"""Of a state file that cannot be written: it is tried every few seconds."""
 
 
 class DHTNode:
@@ -77,6 +80,7 @@ class DHTNode:
         self._records = NodeRecords(
             self.server, self.signer, self.config, closed=self.closed, require_peers=self._require_peers
         )
+        self._complained_at = -math.inf
         self.membership = Membership(self.server, self.config, on_round=self._save_state)
         self._thread = LoopThread(f"p2pmoe-dht-{identity.peer_id[:8]}")
         self._address: Address | None = None
@@ -283,7 +287,19 @@ class DHTNode:
         try:
             save_state(Path(self.config.state_path), self.membership.peers, self.signer.last_sequence)
         except OSError as error:
-            log.warning("the DHT's peers cannot be saved to %s: %s", self.config.state_path, error.strerror)
+            self._complain_of_state(error.strerror or str(error))
+
+    def _complain_of_state(self, reason: str) -> None:
+        now = time.monotonic()
+        if now - self._complained_at < COMPLAIN_EVERY_S:
+            return
+        self._complained_at = now
+        log.warning(
+            "the DHT's peers cannot be saved to %s: %s; set dht.state_path to a file that this user may write, or the "
+            "next start needs an initial peer",
+            self.config.state_path,
+            reason,
+        )
 
     def __repr__(self) -> str:
         where = format_host_port(*self._address) if self._address else "not started"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from p2pmoe.errors import BadSignatureError, ConfigError, DecodeError, DelegationError, NotDelegatedError
+from p2pmoe.files import without_mark
 from p2pmoe.identity import PUBLIC_KEY_BYTES
 from p2pmoe.protocol.delegations import (
     MAX_FILE_BYTES,
@@ -152,7 +153,7 @@ class OwnDelegation:
                 content = file.read(MAX_FILE_BYTES + 1)
             if len(content) > MAX_FILE_BYTES:
                 raise DelegationError(f"{path} is larger than {MAX_FILE_BYTES} bytes; it is no delegation")
-            delegation = parse_delegation(content.decode("utf-8"))
+            delegation = parse_delegation(without_mark(content).decode("utf-8"))
             delegation.check_signature(self._closed.owner, self._closed.swarm_id, self._member)
         except OSError as error:
             raise DelegationError(f"the delegation {path} cannot be read: {error.strerror}") from error

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from p2pmoe.errors import BadSignatureError, IdentityError
+from p2pmoe.files import without_mark
 from p2pmoe.identity.private_files import (
     MAX_KEY_FILE_BYTES,
     exists,
@@ -157,7 +158,7 @@ class Identity:
     @classmethod
     def from_pem(cls, content: bytes, source: str = "on standard input") -> Identity:
         """The identity of an exported key; `source` is what errors name. Raises IdentityError."""
-        return cls(_parse_key(source, content))
+        return cls(_parse_key(source, without_mark(content)))
 
     def export_pem(self) -> bytes:
         """The private key as unencrypted PKCS#8 PEM. Whoever has it is this peer: for moving a node, nothing else."""

@@ -1,4 +1,11 @@
-"""Small files that only their owner may read. Knows nothing of what is in them."""
+"""Small files that only their owner may read. Knows nothing of what is in them.
+
+Which modes are right (POSIX; on Windows the folder's access list decides):
+
+1. Others have no right at all, the group neither writes nor executes.
+2. The group may read only what root owns and nobody may write (0440): so are secrets mounted into containers, and root
+   chose the group. Links are followed.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from p2pmoe.errors import IdentityError
+from p2pmoe.files import without_mark
 
 MAX_KEY_FILE_BYTES: Final = 4096
 
@@ -21,21 +29,27 @@ def exists(path: Path) -> bool:
 
 
 def read_private_file(path: Path, remedy: str = "start a node once to make it, or give another path") -> bytes:
+    """What is in it, without a byte order mark, up to one byte over the limit. Raises IdentityError."""
     try:
         with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+            status = os.fstat(file.fileno())
+            mode = status.st_mode
             if not stat.S_ISREG(mode):
                 raise IdentityError(f"key file {path} is no regular file")
-            # Windows has no mode bits; its files inherit the folder's access list.
-            if os.name == "posix" and mode & 0o077:
+            if os.name == "posix" and mode & 0o077 and not _is_mounted_secret(mode, status.st_uid):
                 raise IdentityError(
-                    f"key file {path} can be read by others (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}"
+                    f"key file {path} can be read by others (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}, "
+                    f"or mount it as a secret of mode 0440 that root owns"
                 )
-            return file.read(MAX_KEY_FILE_BYTES + 1)
+            return without_mark(file.read(MAX_KEY_FILE_BYTES + 1))
     except FileNotFoundError as error:
         raise IdentityError(f"key file {path} does not exist; {remedy}") from error
     except OSError as error:
         raise IdentityError(f"key file {path} cannot be read: {error.strerror}; check its owner and mode") from error
+
+
+def _is_mounted_secret(mode: int, owner: int) -> bool:
+    return owner == 0 and stat.S_IMODE(mode) == 0o440
 
 
 def write_new_private_file(path: Path, content: bytes) -> bool:

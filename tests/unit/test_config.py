@@ -150,7 +150,7 @@ def test_sections_have_units_and_the_whole_is_immutable() -> None:
 
 
 def test_the_documented_file_lists_every_key_with_its_default() -> None:
-    text = (ROOT / "node.toml").read_text()
+    text = (ROOT / "node.toml").read_text(encoding="utf-8")
     assert NodeConfig.parse(text) == NodeConfig()
     for section, value in msgspec.to_builtins(NodeConfig()).items():
         keys = value if isinstance(value, dict) else [section]

@@ -136,6 +136,67 @@ def test_a_file_that_others_can_read_is_refused_with_the_command_that_mends_it(t
         Identity.load(path)
 
 
+@posix_only
+@pytest.mark.parametrize(
+    ("mode", "owner", "accepted"),
+    [
+        (0o600, 1000, True),
+        (0o400, 0, True),
+        (0o440, 0, True),  # a secret mounted into a container
+        (0o440, 1000, False),
+        (0o640, 0, False),
+        (0o444, 0, False),
+        (0o460, 0, False),
+        (0o450, 0, False),
+        (0o604, 0, False),
+    ],
+)
+def test_the_group_may_read_what_root_mounts_as_a_secret(tmp_path, monkeypatch, mode, owner, accepted):
+    path = tmp_path / "identity.pem"
+    ALICE.save(path)
+    true_status = os.fstat
+
+    def status(descriptor):
+        fields = list(true_status(descriptor))
+        fields[0] = stat.S_IFREG | mode
+        fields[4] = owner
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(os, "fstat", status)
+    if accepted:
+        assert Identity.load(path) == ALICE
+    else:
+        with pytest.raises(IdentityError, match=rf"mode 0{mode:o}.*chmod 600 .*secret of mode 0440 that root owns"):
+            Identity.load(path)
+
+
+def test_a_secret_is_read_through_links_and_nothing_beside_it_is_written(tmp_path):
+    (tmp_path / "..2026").mkdir()
+    ALICE.save(tmp_path / "..2026" / "identity.pem")
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "identity.pem").symlink_to("..data/identity.pem")
+    before = sorted(tmp_path.rglob("*"))
+    assert Identity.load_or_create(tmp_path / "identity.pem") == ALICE
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda text: b"\xef\xbb\xbf" + text,
+        lambda text: text.decode().encode("utf-16"),
+        lambda text: b"\xfe\xff" + text.decode().encode("utf-16-be"),
+        lambda text: text.replace(b"\n", b"\r\n"),
+    ],
+)
+def test_a_key_that_went_through_an_editor(tmp_path, encode):
+    content = encode(ALICE.export_pem())
+    path = tmp_path / "identity.pem"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    assert Identity.load(path) == Identity.from_pem(content) == ALICE
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"not a key", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----", b"x" * 9000]
 )

@@ -106,3 +106,12 @@ def test_what_is_no_token_is_refused_without_quoting_it(tmp_path: Path, content:
     assert not content or content.decode("latin-1") not in str(caught.value)
     with pytest.raises(IdentityError, match="p2pmoe id admin-token"):
         load_admin_token(tmp_path / "nowhere")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_secret(tmp_path: Path) -> None:
+    text = SECRET.hex()
+    for content in (b"\xef\xbb\xbf" + text.encode(), text.encode("utf-16"), text.encode() + b"\r\n"):
+        assert SwarmKey.load(write(tmp_path / "swarm.key", content)) == SwarmKey(SECRET)
+    token = "t" * 40
+    for content in (b"\xef\xbb\xbf" + token.encode() + b"\r\n", token.encode("utf-16")):
+        assert load_admin_token(write(tmp_path / "admin.token", content)) == token.encode()

@@ -70,6 +70,17 @@ def test_every_key_has_a_variable_of_its_own() -> None:
         ("P2PMOE_DEVICES", '["cuda:0"]', "devices", ["cuda:0"]),
         ("P2PMOE_EXPERTS_OPTIONS", "{inner_dim = 8}", "experts.options", {"inner_dim": 8}),
         ("P2PMOE_OPTIMIZER_CLIP_GRAD_NORM", "false", "optimizer.clip_grad_norm", False),
+        ("P2PMOE_DHT_INITIAL_PEERS", "10.0.0.1:1, 10.0.0.2:2,", "dht.initial_peers", ["10.0.0.1:1", "10.0.0.2:2"]),
+        ("P2PMOE_DHT_INITIAL_PEERS", "a:1 b:2", "dht.initial_peers", ["a:1", "b:2"]),
+        ("P2PMOE_DHT_INITIAL_PEERS", "\n a:1\r\n\tb:2\n\n", "dht.initial_peers", ["a:1", "b:2"]),
+        ("P2PMOE_DHT_INITIAL_PEERS", '"a:1,b:2"', "dht.initial_peers", ["a:1", "b:2"]),
+        ("P2PMOE_DHT_INITIAL_PEERS", "'a:1', \"b:2\" ,", "dht.initial_peers", ["a:1", "b:2"]),
+        ("P2PMOE_DHT_INITIAL_PEERS", '["a:1", "b:2",]', "dht.initial_peers", ["a:1", "b:2"]),
+        ("P2PMOE_DHT_INITIAL_PEERS", ",", "dht.initial_peers", []),
+        ("P2PMOE_DHT_INITIAL_PEERS", "[::1]:2", "dht.initial_peers", ["[::1]:2"]),
+        ("P2PMOE_DHT_PORT", ' "31337"\n', "dht.port", 31337),
+        ("P2PMOE_DHT_SWARM_ID", "'my swarm'\n", "dht.swarm_id", "my swarm"),
+        ("P2PMOE_EXPERTS_MODULES", "/my experts/a.py\n/b.py", "experts.modules", ["/my experts/a.py", "/b.py"]),
     ],
 )
 def test_variables_are_read_as_their_key_wants_them(name: str, text: str, path: str, value: object) -> None:
@@ -78,6 +89,32 @@ def test_variables_are_read_as_their_key_wants_them(name: str, text: str, path: 
 
 def test_an_empty_variable_counts_as_unset() -> None:
     assert from_environment({"P2PMOE_DHT_PORT": ""}) == {}
+    assert from_environment({"P2PMOE_DHT_INITIAL_PEERS": " \n"}) == {}
+
+
+def test_what_a_container_system_sets_for_a_service_of_our_name_is_not_ours() -> None:
+    environ = {
+        "P2PMOE_PORT": "tcp://10.0.0.7:31337",
+        "P2PMOE_SERVICE_HOST": "10.0.0.7",
+        "P2PMOE_SERVICE_PORT": "31337",
+        "P2PMOE_SERVICE_PORT_DHT_UDP": "31337",
+        "P2PMOE_PORT_31337_TCP": "tcp://10.0.0.7:31337",
+        "P2PMOE_PORT_31337_TCP_PROTO": "tcp",
+        "P2PMOE_PORT_31337_TCP_PORT": "31337",
+        "P2PMOE_PORT_31337_TCP_ADDR": "10.0.0.7",
+        "P2PMOE_PORT_31337_UDP_ADDR": "10.0.0.7",
+        "P2PMOE_NODE_1_SERVICE_HOST": "10.0.0.8",
+        "P2PMOE_NODE_1_PORT": "udp://10.0.0.8:1",
+        "P2PMOE_DHT_PORT": "udp://10.0.0.9:31337",
+        "P2PMOE_HTTP_PORT": "tcp://10.0.0.9:80",
+        "P2PMOE_DHT_SERVICE_HOST": "10.0.0.9",
+    }
+    assert from_environment(environ) == {}
+    assert from_environment(environ | {"P2PMOE_DHT_HOST": "0.0.0.0"}) == {"dht.host": "0.0.0.0"}
+    for key_path in key_paths():
+        assert from_environment({variable_of(key_path): ""}) == {}
+    with pytest.raises(ConfigError, match="P2PMOE_PORT: no such setting"):
+        from_environment({"P2PMOE_PORT": "31337"})
 
 
 def test_variables_of_the_command_are_no_settings() -> None:
@@ -163,4 +200,80 @@ def test_a_client_refuses_an_initial_peer_that_is_no_address() -> None:
 
 def test_lists_may_be_repeated_or_comma_separated() -> None:
     assert split_lists(["a, b", "c"]) == ("a", "b", "c")
+    assert split_lists(["a\n b,", " 'c' "]) == ("a", "b", "c")
     assert split_lists(None) is None
+
+
+def test_the_home_folder_in_every_path_of_file_variable_and_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    keys = [key for key in key_paths() if key.endswith("_path")]
+    assert len(keys) >= 5
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        path = tmp_path / "node.toml"
+        path.write_text((f"[{section}]\n" if section else "") + f'{name} = "~/a/b"\n')
+        expected = str(tmp_path / "home" / "a" / "b")
+        for config in (
+            load_node_config(path, {}, {}),
+            load_node_config(None, {key: "~/a/b"}, {}),
+            load_node_config(None, {}, {variable_of(key): "~/a/b"}),
+        ):
+            value: Any = config
+            for part in key.split("."):
+                value = getattr(value, part)
+            assert value == expected, key
+    assert load_node_config(None, {}, {"P2PMOE_EXPERTS_MODULES": "~/m.py"}).experts.modules == (
+        str(tmp_path / "home" / "m.py"),
+    )
+
+
+def test_relative_paths_start_at_the_file_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf").mkdir()
+    path = tmp_path / "conf" / "node.toml"
+    path.write_text(
+        'identity_path = "id.pem"\n[dht]\nstate_path = "/var/peers.json"\n[access]\nswarm_key_path = "../swarm.key"\n'
+        '[experts]\nmodules = ["mine.py", "package.module", "/opt/theirs.py"]\noptions = {some_path = "x"}\n'
+    )
+    monkeypatch.chdir(tmp_path)
+
+    config = load_node_config(Path("conf/node.toml"), {"dht.delegation_path": "member.txt"}, {})
+
+    assert config.identity_path == str(Path("conf/id.pem"))
+    assert config.dht.state_path == "/var/peers.json"
+    assert config.access.swarm_key_path == str(Path("conf/../swarm.key"))
+    assert config.experts.modules == (str(Path("conf/mine.py")), "package.module", "/opt/theirs.py")
+    assert config.experts.options == {"some_path": "x"}
+    assert config.dht.delegation_path == "member.txt"
+    assert load_node_config(path, {}, {}).identity_path == str(tmp_path / "conf" / "id.pem")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('identity_path = "~nobody-here/x"', "identity_path: '~nobody-here/x': which home folder that is"),
+        ('[dht]\nstate_path = "/a\\u0000b"', "dht.state_path: '/a\\x00b' is no path"),
+        ('[experts]\nmodules = ["~nobody-here/x.py"]', "experts.modules: '~nobody-here/x.py': which home folder"),
+    ],
+)
+def test_a_path_that_is_none_is_refused_by_its_key(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text(text)
+
+    with pytest.raises(ConfigError) as caught:
+        load_node_config(path, {}, {})
+    assert str(caught.value).startswith(f"{path}: {said}")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "node.toml"
+    path.write_bytes(b"\xef\xbb\xbf[dht]\r\nport = 7\r\n")
+    assert load_node_config(path, {}, {}).dht.port == 7
+    path.write_bytes("[dht]\nport = 7\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match="it is UTF-16, TOML is UTF-8; save it as UTF-8"):
+        load_node_config(path, {}, {})
+    path.write_bytes(b'[dht]\nswarm_id = "sch\xf6n"\n')
+    with pytest.raises(ConfigError, match="save it as UTF-8"):
+        load_node_config(path, {}, {})

@@ -295,6 +295,20 @@ def test_a_broken_state_file_is_an_empty_one(tmp_path, content):
     assert load_state(tmp_path / "none") == SavedState()
 
 
+def test_a_state_file_that_cannot_be_written_is_told_of_once_a_day(tmp_path, caplog, monkeypatch):
+    (tmp_path / "file").write_text("")
+    node = DHTNode(identity_of("alice"), DHTConfig(state_path=str(tmp_path / "file" / "peers.json")))
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for _ in range(2 * 8640 + 1):
+        node._save_state()
+        now[0] += 10.0
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    assert said[0].startswith(f"the DHT's peers cannot be saved to {tmp_path}/file/peers.json: ")
+    assert "set dht.state_path to a file that this user may write" in said[0]
+
+
 # --- addresses --------------------------------------------------------------------------------------------------
 
 

@@ -299,6 +299,16 @@ def test_a_file_that_is_no_delegation_stops_the_start(tmp_path, closed, content)
         OwnDelegation(str(path), closed, ALICE.public_key).load()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_a_delegation(write_delegation, closed, tmp_path, encoding):
+    path = tmp_path / "alice.txt"
+    write_delegation("alice", path=path)
+    path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
+    own = OwnDelegation(str(path), closed, ALICE.public_key)
+    own.load()
+    assert own.current(time.time()).scope == ""
+
+
 @pytest.mark.parametrize("wrong", [{"owner": MALLORY}, {"swarm_id": "other"}, {"name": "bob"}])
 def test_a_delegation_for_somebody_else_stops_the_start(write_delegation, closed, wrong):
     path = write_delegation(wrong.pop("name", "alice"), **wrong)
