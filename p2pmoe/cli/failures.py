@@ -5,59 +5,74 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
 import typer
 
+from p2pmoe.cli.terminal import complain, finish_streams, legible, text_of
 from p2pmoe.errors import ConfigError, P2PMoEError
 
 EXIT_UNEXPECTED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_NOTHING_FOUND: Final = 7
-EXIT_PARENT_GONE: Final = 129
+EXIT_HANGUP: Final = 129
 EXIT_INTERRUPTED: Final = 130
 EXIT_TERMINATED: Final = 143
 
 EXIT_CODES: Final = {
     0: "done; for a node: left in good order",
-    1: "something unexpected; P2PMOE_DEBUG=1 or --debug shows the traceback",
+    1: "something unexpected, or nobody takes the output; P2PMOE_DEBUG=1 or --debug shows the traceback",
     2: "wrong usage: a flag, a uid or a pattern",
     3: "a setting is wrong: node.toml, a P2PMOE_ variable, a flag",
     4: "a key file or a delegation cannot be used",
     5: "a port is taken or not allowed",
     6: "the swarm: a peer is unreachable, silent, or answered with an error",
     7: "nothing found: no such expert is alive",
+    129: "SIGHUP: the terminal has gone (a node drains and ends with 0); the parent of --exit-with-parent has ended",
     130: "Ctrl-C (a node: the second one)",
     143: "SIGTERM (a node: the second one)",
 }
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised in the main thread so that `finally` clauses run. A BaseException like KeyboardInterrupt."""
+    """SIGTERM or SIGHUP, raised in the main thread so that `finally` clauses run. Like KeyboardInterrupt."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(number)
+        hangup = number != signal.SIGTERM
+        self.what = "the terminal has gone" if hangup else "terminated"
+        self.exit_code = EXIT_HANGUP if hangup else EXIT_TERMINATED
 
 
 def raise_on_sigterm() -> None:
-    """For commands that end in order when they are told to: SIGTERM unwinds like Ctrl-C."""
+    """For commands that end in order when they are told to: SIGTERM and SIGHUP unwind like Ctrl-C."""
 
-    def raise_terminated(*_: object) -> NoReturn:
-        raise Terminated
+    def raise_terminated(number: int, _: object) -> NoReturn:
+        raise Terminated(number)
 
     signal.signal(signal.SIGTERM, raise_terminated)
+    for hangup in hangup_signals():
+        signal.signal(hangup, raise_terminated)
+
+
+def hangup_signals() -> list[signal.Signals]:
+    """Those that say that the terminal has gone, where the system has one; not what `nohup` has us ignore."""
+    found = [getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    return [number for number in found if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until the block has ended.
+    """SIGINT, SIGTERM and SIGHUP wait until the block has ended.
 
     For imports of large packages: one that is cut short can turn the interruption into any other error.
     """
     received: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, *hangup_signals())
     }
     try:
         yield
@@ -77,32 +92,36 @@ def run_guarded(command: Callable[[], Any]) -> int:
     """Run `command` and return the exit code; what it raises becomes one line on standard error."""
     try:
         code = command()
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        written = finish_streams()
     except (KeyboardInterrupt, typer.Abort):
         return _report("interrupted", EXIT_INTERRUPTED)
-    except Terminated:
-        return _report("terminated", EXIT_TERMINATED)
+    except Terminated as error:
+        return _report(error.what, error.exit_code)
     except BrokenPipeError:
-        # Whoever read our output has gone: nothing is left to say, and flushing at exit must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        finish_streams()  # whoever read our output has gone: nothing is left to say
         return EXIT_UNEXPECTED
+    except SystemExit as error:  # what the parser makes of such a pipe
+        finish_streams()
+        return error.code if isinstance(error.code, int) else EXIT_UNEXPECTED
     except Exception as error:  # noqa: BLE001 - the last place that can turn it into a line
         return report(error)
+    if not written:
+        return EXIT_UNEXPECTED
+    return code if isinstance(code, int) else 0
 
 
 def report(error: Exception) -> int:
-    """Print the one line that an error becomes, and return its exit code."""
+    """Print the one line that an error becomes, and return its exit code. Never raises."""
     if debugging():
-        traceback.print_exception(error)
+        _print_traceback(error)
     if isinstance(error, P2PMoEError):
-        return _report(_one_line(str(error), *getattr(error, "__notes__", ())), error.exit_code)
+        return _report(" ".join([text_of(error), *getattr(error, "__notes__", ())]), error.exit_code)
     if (usage := _usage_message(error)) is not None:
         return _report(usage, EXIT_USAGE) if usage else EXIT_USAGE
     if isinstance(error, OSError):
-        return _report(_one_line(str(error)), EXIT_UNEXPECTED)
+        return _report(text_of(error), EXIT_UNEXPECTED)
     hint = "" if debugging() else "; run it again with P2PMOE_DEBUG=1 for the traceback, and please report it"
-    return _report(f"unexpected {type(error).__name__}: {_one_line(str(error))}{hint}", EXIT_UNEXPECTED)
+    return _report(f"unexpected {type(error).__name__}: {text_of(error)}{hint}", EXIT_UNEXPECTED)
 
 
 def need_package(what: str, error: ImportError) -> ConfigError:
@@ -111,12 +130,17 @@ def need_package(what: str, error: ImportError) -> ConfigError:
 
 
 def _report(line: str, code: int) -> int:
-    typer.echo(f"error: {line}", err=True)
+    complain(f"error: {legible(line)}")
+    finish_streams()
     return code
 
 
-def _one_line(*parts: str) -> str:
-    return " ".join(" ".join(part.split()) for part in parts)
+def _print_traceback(error: Exception) -> None:
+    try:
+        lines = traceback.format_exception(error)
+    except Exception:  # noqa: BLE001 - somebody's __str__ or __repr__
+        lines = traceback.format_tb(error.__traceback__)
+    complain("".join(lines).rstrip())
 
 
 def _usage_message(error: Exception) -> str | None:
@@ -131,4 +155,4 @@ def _usage_message(error: Exception) -> str | None:
         return ""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "p2pmoe"
-    return f"{_one_line(format_message()).rstrip('.')}; see {command} --help"
+    return f"{' '.join(format_message().split()).rstrip('.')}; see {command} --help"

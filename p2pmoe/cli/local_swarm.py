@@ -190,6 +190,7 @@ def _spawn(arguments: Sequence[str], stderr: IO[bytes]) -> subprocess.Popen[str]
     environ = {
         name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name in OF_THE_COMMAND
     }
+    environ["PYTHONIOENCODING"] = "utf-8"  # what the user's terminal wants is no way to talk to us
     # A group of their own: Ctrl-C reaches us alone, and we end them in order.
     group: dict[str, Any] = (
         {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
@@ -202,6 +203,7 @@ def _spawn(arguments: Sequence[str], stderr: IO[bytes]) -> subprocess.Popen[str]
         stdout=subprocess.PIPE,
         stderr=stderr,
         env=environ,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         **group,
     )

@@ -14,8 +14,9 @@ import typer
 
 from p2pmoe import __version__
 from p2pmoe.cli import demo, identity, lookup, node, train
-from p2pmoe.cli.arguments import spread_values
+from p2pmoe.cli.arguments import check_text, spread_values
 from p2pmoe.cli.failures import EXIT_CODES, run_guarded
+from p2pmoe.cli.terminal import prepare_streams
 
 _EXIT_CODES = "\n".join(f"{code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
 _EPILOG = f"""[bold]Exit codes[/bold]
@@ -68,5 +69,11 @@ def version() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
+    prepare_streams()
     given = sys.argv[1:] if arguments is None else arguments
-    return run_guarded(lambda: app(args=spread_values(given), prog_name="p2pmoe", standalone_mode=False))
+    return run_guarded(lambda: _run(given))
+
+
+def _run(arguments: Sequence[str]) -> object:
+    check_text(arguments)
+    return app(args=spread_values(arguments), prog_name="p2pmoe", standalone_mode=False)

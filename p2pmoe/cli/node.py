@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from p2pmoe.cli.arguments import AsJson, InitialPeers, Owner, SwarmId, SwarmKeyFile
+from p2pmoe.cli.arguments import AsJson, InitialPeers, Owner, SwarmId, SwarmKeyFile, at_home
 from p2pmoe.cli.logs import set_up_logs
 from p2pmoe.cli.output import print_json
 from p2pmoe.cli.process import prepare_process
 from p2pmoe.cli.settings import load_node_config, split_lists
 from p2pmoe.cli.stopping import StopSignals, exit_with_parent
+from p2pmoe.cli.terminal import finish_streams
 from p2pmoe.config import NodeConfig
 from p2pmoe.errors import P2PMoEError
 
@@ -32,7 +33,8 @@ Experts = Annotated[
 
 def node(
     config: Annotated[
-        Path | None, typer.Option("-c", "--config", metavar="FILE", help="A node.toml; without it the defaults.")
+        Path | None,
+        typer.Option("-c", "--config", metavar="FILE", callback=at_home, help="A node.toml; without it the defaults."),
     ] = None,
     initial_peers: InitialPeers = None,
     experts: Experts = None,
@@ -99,10 +101,7 @@ async def _serve(config: NodeConfig, *, as_json: bool) -> None:
         if not await _started(node, signals):
             return
         try:
-            if as_json:
-                print_json(_describe(node))
-            else:
-                typer.echo(join_line(node.dht_address, config))
+            _introduce(node, as_json=as_json)
             await signals.wait()
             logger.info("leaving: running calls may end; a second signal ends them")
         finally:
@@ -127,6 +126,19 @@ async def _started(node: Node, signals: StopSignals) -> bool:
         for task in (starting, stopping):
             task.cancel()
         await asyncio.gather(starting, stopping, return_exceptions=True)
+
+
+def _introduce(node: Node, *, as_json: bool) -> None:
+    """Say how to join. Where nobody takes that, the node serves all the same."""
+    line = join_line(node.dht_address, node.config)
+    try:
+        if as_json:
+            print_json(_describe(node))
+        else:
+            typer.echo(line)
+    except OSError as error:
+        finish_streams()
+        logger.warning("nobody takes standard output: %s; others join with: %s", error.strerror, line)
 
 
 def join_line(dht_address: str, config: NodeConfig) -> str:

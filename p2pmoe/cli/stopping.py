@@ -1,4 +1,4 @@
-"""When a node process stops: the first signal asks, the second insists, and a dead parent settles it.
+"""When a node process stops: the first signal asks, a second one insists, and a dead parent settles it.
 
 Plain `signal.signal` with a hand-over to the loop, for Windows has no `loop.add_signal_handler`.
 """
@@ -9,33 +9,36 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-from p2pmoe.cli.failures import EXIT_INTERRUPTED, EXIT_PARENT_GONE, EXIT_TERMINATED
+from p2pmoe.cli.failures import EXIT_HANGUP, EXIT_INTERRUPTED, EXIT_TERMINATED, hangup_signals
+from p2pmoe.cli.terminal import finish_streams
 
 logger = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """Watches SIGINT and SIGTERM while it is open. Made on the main thread, inside a running loop.
+    """Watches SIGINT, SIGTERM and SIGHUP while it is open. Made on the main thread, inside a running loop.
 
-    The first signal ends `wait`; the next one ends the process at once with 130 or 143.
+    The first signal ends `wait`; a further SIGINT or SIGTERM ends the process at once with 130 or 143. SIGHUP only
+    asks: a terminal that closes sends it several times.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._asked = asyncio.Event()
         self._count = 0
+        self._hangups: frozenset[int] = frozenset()
         self._before: dict[int, Any] = {}
 
     def __repr__(self) -> str:
         return f"<StopSignals: {self._count} received>"
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._hangups = frozenset(hangup_signals())
+        for number in (signal.SIGINT, signal.SIGTERM, *self._hangups):
             self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -51,7 +54,7 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
-        if self._count > 1:
+        if self._count > 1 and number not in self._hangups:
             leave_now(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_TERMINATED)
         # Writing to the loop's own pipe also wakes it from its wait for sockets.
         self._loop.call_soon_threadsafe(self._asked.set)
@@ -64,7 +67,7 @@ def exit_with_parent() -> None:
 
 def leave_now(code: int) -> NoReturn:
     """End the process without waiting for anything."""
-    sys.stdout.flush()
+    finish_streams()
     os._exit(code)
 
 
@@ -75,4 +78,4 @@ def _wait_for_end_of_input() -> None:
             pass
     except OSError:
         pass
-    leave_now(EXIT_PARENT_GONE)
+    leave_now(EXIT_HANGUP)

@@ -1,7 +1,12 @@
 """How the demo shares out experts; its processes are tested as processes."""
 
+import subprocess
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from p2pmoe.cli import local_swarm
 from p2pmoe.cli.local_swarm import grid_uids, node_settings, split_evenly
 from p2pmoe.cli.node import join_line
 from p2pmoe.config import AccessConfig, DHTConfig, NodeConfig
@@ -39,3 +44,15 @@ def test_the_join_line_can_be_pasted() -> None:
     assert join_line("127.0.0.1:31337", closed) == (
         f"{line} --owner {'ab' * 32} --identity KEY_FILE --delegation FILE --swarm-key FILE"
     )
+
+
+def test_nodes_speak_utf8_to_the_demo_whatever_the_terminal_wants(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: given.update(options))
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-16")
+    with (tmp_path / "log").open("wb") as log:
+        local_swarm._spawn(["node"], stderr=log)
+    assert given["env"]["PYTHONIOENCODING"] == "utf-8"
+    assert given["encoding"] == "utf-8"
