@@ -232,10 +232,10 @@ class GateConfig(Section, frozen=True):
     """Refuse calls that hold NaN or infinity, fail those whose results do, and let their neighbours go on.
     Without it the optimizers' parameters still stay finite, but one bad call fails its whole batch."""
     outlier_factor: Annotated[float, Meta(gt=1)] | None = 1000.0
-    """Refuse gradients whose root mean square over the rows is more than this times the expert's running median;
-    leave out with `outlier_factor = false`."""
+    """Scale gradients down whose root mean square over the rows is more than this times the expert's running median;
+    refuse those over its square times their own caller's. Leave out with `outlier_factor = false`."""
     warmup_calls: Positive = 64
-    """Backward calls of one expert before anything counts as an outlier."""
+    """Backward calls of one expert before anything counts as an outlier, and of one caller before any is refused."""
 
 
 class ExpertsConfig(Section, frozen=True):

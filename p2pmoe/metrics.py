@@ -42,7 +42,7 @@ class Distribution:
 @dataclass(slots=True)
 class PassStats:
     """One expert and pass; `outcomes` counts calls by "ok" or status code, `updates` optimizer steps,
-    `rejected` backward calls that the gate kept from the optimizer, by reason.
+    `rejected` backward calls that the gate kept from the optimizer, by reason, `clipped` those that it scaled down.
     """
 
     expert: str
@@ -50,6 +50,7 @@ class PassStats:
     outcomes: Counter[str] = field(default_factory=Counter)
     updates: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    clipped: int = 0
     queue_seconds: Distribution = field(default_factory=lambda: Distribution(_SECONDS))
     compute_seconds: Distribution = field(default_factory=lambda: Distribution(_SECONDS))
     batch_rows: Distribution = field(default_factory=lambda: Distribution(_ROWS))
@@ -120,14 +121,18 @@ class NodeMetrics:
         rejected = CounterMetricFamily(
             "p2pmoe_rejected_gradients", "Backward calls kept from the optimizer.", labels=["expert", "reason"]
         )
+        clipped = CounterMetricFamily(
+            "p2pmoe_clipped_gradients", "Backward calls whose gradients were scaled down.", labels=["expert"]
+        )
         for stats in passes:
             for outcome, count in list(stats.outcomes.items()):
                 requests.add_metric([*stats.labels, outcome], count)
             if stats.direction == "backward":
                 updates.add_metric([stats.expert], stats.updates)
+                clipped.add_metric([stats.expert], stats.clipped)
             for reason, count in list(stats.rejected.items()):
                 rejected.add_metric([stats.expert, reason], count)
-        yield from (requests, updates, rejected)
+        yield from (requests, updates, rejected, clipped)
 
     def _wire(self) -> Metric:
         family = CounterMetricFamily("p2pmoe_wire_bytes", "Tensor bytes of calls.", labels=["direction", "codec"])

@@ -10,6 +10,8 @@ from typing import Literal, NewType
 PeerId = NewType("PeerId", str)
 """The name of a peer: 32 lower-case base32 characters of the 20-byte node id made from its public key."""
 
+_PEER_ID_CHARS = 32
+
 Pass = Literal["forward", "backward"]
 
 WIRE_VERSION = 1
@@ -29,6 +31,11 @@ class Caller:
 
 LOCAL_CALLER = Caller("local")
 """Whoever calls from inside the process."""
+
+
+def may_be_many(key: str) -> bool:
+    """Whether a caller's key is an address or a share of one: many trainers may stand behind it."""
+    return key != LOCAL_CALLER.key and not (len(key) == _PEER_ID_CHARS and key.isalnum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Finiteness and scale of tensors: what the gate in front of the optimizer decides with. Knows only torch and floats.
 
-What the norm gate stops and what it does not (docs/adr/0007-gradient-gate.md):
-1. It refuses gradients over `factor` times the running median of the norms that one expert was sent. Each call moves
+What the norm gate tells and what it does not (docs/adr/0007-gradient-gate.md; what follows from it is `clipping.py`):
+1. It tells gradients over `factor` times the running median of the norms that one expert was sent. Each call moves
    the median by one small step, whatever its size: while most calls are honest, the median stays in their range.
 2. Norms further than `factor` from the median, on either side, hardly move it. When nothing else comes any more, they
    move it faster and faster, so that an expert whose first callers were hostile or whose trainers changed recovers.
@@ -103,11 +103,11 @@ def split_by_magnitude(magnitudes: Sequence[float]) -> tuple[list[int], list[int
 
 
 class NormGate:
-    """Refuses norms far over the usual ones of one expert. One thread writes it.
+    """Tells norms far over the usual ones of one expert. One thread writes it.
 
     Args:
         factor: how many times the running median a norm may be.
-        warmup_calls: norms that the median begins with; until then nothing is refused.
+        warmup_calls: norms that the median begins with; until then nothing is far over it.
     """
 
     def __init__(self, *, factor: float, warmup_calls: int) -> None:

@@ -208,13 +208,13 @@ class Runtime:
         batch = launched.batch
         try:
             outputs = device.finish(launched)
-            spoilt = batch.pool.gate.inspect(batch, outputs) if batch.pool.gate is not None else ()
+            results = _results(batch, outputs, batch.pool.gate)
         except BaseException as error:  # noqa: BLE001
             self._fail(device, batch, error)
             return
         self._running -= len(batch.tasks)
         self._computed_since_trim = True
-        self._deliver(batch, _split(batch.tasks, outputs, dict(spoilt)))
+        self._deliver(batch, results)
         self._observe(batch, time.perf_counter() - started, True)
 
     def _fail(self, device: Device, batch: Batch, error: BaseException) -> None:
@@ -285,11 +285,20 @@ class Runtime:
             logger.exception("%s: the observer of batches failed", batch.pool.uid)
 
 
-def _split(tasks: list[Task], outputs: Flat, spoilt: dict[Task, CallError]) -> list[Flat | CallError]:
+def _results(batch: Batch, outputs: Flat, gate: BatchGate | None) -> list[Flat | CallError]:
     """Each task's rows, or its error."""
+    tasks = batch.tasks
+    if gate is None:
+        return [*_split(tasks, outputs)]
+    spoilt = dict(gate.inspect(batch, outputs))
+    return [
+        spoilt[task] if task in spoilt else gate.give_back(task, result) if task.halvings else result
+        for task, result in zip(tasks, _split(tasks, outputs), strict=True)
+    ]
+
+
+def _split(tasks: list[Task], outputs: Flat) -> list[Flat]:
     if len(tasks) == 1:
-        results: list[Flat] = [outputs]
-    else:
-        sizes = [task.rows for task in tasks]
-        results = list(zip(*(torch.split(output, sizes) for output in outputs), strict=True)) or [()] * len(tasks)
-    return [spoilt.get(task, result) for task, result in zip(tasks, results, strict=True)]
+        return [outputs]
+    sizes = [task.rows for task in tasks]
+    return list(zip(*(torch.split(output, sizes) for output in outputs), strict=True)) or [()] * len(tasks)

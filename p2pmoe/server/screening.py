@@ -1,7 +1,8 @@
 """The gate around an expert's batches: who may enter, what may leave, what is taken back. Runs on the device thread.
 
 1. A call that holds NaN or infinity is refused before batching, so its neighbours are computed as if it had not come.
-2. So is a backward call whose gradients are far over the expert's usual ones (`gate.NormGate`).
+2. A backward call whose gradients are far over the expert's usual ones is scaled down before batching, and what it gets
+   back is scaled up again; one that is beyond all measure is refused (`clipping.py`).
 3. A backward pass that overflows all the same is stopped before the optimizer's step; a step that overflows is undone.
 4. A batch that gave NaN or infinity is computed again in two parts, the extreme calls apart from the mild ones, until
    each culprit is alone and fails alone.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Final
 
 import torch
 
@@ -20,8 +22,10 @@ from p2pmoe.errors import CallError, ExpertFailedError, NonFiniteError, NonFinit
 from p2pmoe.metrics import NodeMetrics, PassStats
 from p2pmoe.protocol.finite import all_surely_finite
 from p2pmoe.protocol.nested import nested_flatten
+from p2pmoe.protocol.schema import BatchTensorProto
 from p2pmoe.server.backend import ExpertBackend
 from p2pmoe.server.buffers import KeptBuffers
+from p2pmoe.server.clipping import Extreme, GradientLimit
 from p2pmoe.server.gate import (
     NormGate,
     count_non_finite,
@@ -34,8 +38,10 @@ from p2pmoe.server.gate import (
 )
 from p2pmoe.server.step_guard import guard_steps, require_finite
 from p2pmoe.server.task_pool import Batch, Task
+from p2pmoe.types import may_be_many
 
 Flat = tuple[torch.Tensor, ...]
+_LARGEST_STEP: Final = 14  # 2^14 and 2^-14 are normal numbers in float16 too
 
 
 def guard_experts(backends: Iterable[ExpertBackend], config: GateConfig, metrics: NodeMetrics) -> None:
@@ -65,19 +71,22 @@ class PassGate:
         self._trains = stats.direction == "backward"
         self._buffers = buffers
         self._inputs = len(nested_flatten(backend.forward_schema))
-        self._norms: NormGate | None = None
+        self._limit: GradientLimit | None = None
         if self._trains and config.outlier_factor is not None:
-            self._norms = NormGate(factor=config.outlier_factor, warmup_calls=config.warmup_calls)
+            factor, calls = config.outlier_factor, config.warmup_calls
+            norms = NormGate(factor=factor, warmup_calls=calls)
+            least = _least_norm(nested_flatten(backend.outputs_schema))
+            self._limit = GradientLimit(norms, factor=factor, warmup_calls=calls, least=least)
         # The user's own `apply_gradients` may leave gradients for a later step, where nobody can tell whose they are.
         self._may_gather = type(backend).apply_gradients is not ExpertBackend.apply_gradients
 
     def __repr__(self) -> str:
-        return f"<PassGate {self._stats.expert}/{self._stats.direction}: {self._norms}, {dict(self._stats.rejected)}>"
+        return f"<PassGate {self._stats.expert}/{self._stats.direction}: {self._limit}, {dict(self._stats.rejected)}>"
 
     def screen(self, tasks: list[Task]) -> list[tuple[Task, CallError]]:
         """See `BatchGate.screen`."""
         if (
-            self._norms is None
+            self._limit is None
             and len(tasks) > 1
             and all_surely_finite([tensor for task in tasks for tensor in task.tensors])
         ):
@@ -112,6 +121,15 @@ class PassGate:
         if not self._trains:
             raise NonFiniteResultError("the outputs or the expert's buffers overflowed")
         return [] if finite else self._spoilt(batch, outputs)
+
+    def give_back(self, task: Task, results: Flat) -> Flat | CallError:
+        """See `BatchGate.give_back`."""
+        grown = tuple(_scaled(each, task.halvings) if holds_floats(each) else each for each in results)
+        if all(map(is_finite, grown)):
+            return grown
+        return self.failed_alone(
+            task, NonFiniteResultError("the inputs' gradients overflowed, after the expert's step")
+        )
 
     def undo(self) -> None:
         """See `BatchGate.undo`."""
@@ -148,10 +166,23 @@ class PassGate:
                 return self._non_finite(index, tensor)
             if index >= self._inputs:
                 squares += min(norm, 1e150) ** 2
-        if self._norms is None:
+        if self._limit is None:
             return None
         norm = math.sqrt(squares / max(1, task.rows))
-        return None if self._norms.admits(norm) else self._outlier(norm, self._norms)
+        verdict = self._limit.judge(task.caller, norm, is_one=not may_be_many(task.caller))
+        if isinstance(verdict, Extreme):
+            return self._outlier(norm, verdict)
+        if verdict:
+            self._scale_down(task, verdict)
+        return None
+
+    def _scale_down(self, task: Task, halvings: int) -> None:
+        self._stats.clipped += 1
+        task.halvings = halvings
+        task.tensors = (
+            *task.tensors[: self._inputs],
+            *(_scaled(each, -halvings) if holds_floats(each) else each for each in task.tensors[self._inputs :]),
+        )
 
     def _non_finite(self, index: int, tensor: torch.Tensor) -> NonFiniteError:
         if self._trains:
@@ -161,11 +192,17 @@ class PassGate:
             f"{count_non_finite(tensor)} of {tensor.numel()} values; drop the step that made them"
         )
 
-    def _outlier(self, norm: float, norms: NormGate) -> OutlierGradientError:
+    def _outlier(self, norm: float, extreme: Extreme) -> OutlierGradientError:
         self._stats.rejected["outlier"] += 1
+        again = (
+            "gradients of this size are never taken"
+            if extreme.forgiven_after is None
+            else f"after {extreme.forgiven_after} more of this size in a row they are your new scale, and are taken"
+        )
         return OutlierGradientError(
-            f"the gradients of the call to {self._stats.expert} have a norm of {norm:.3g} for each row; usual is "
-            f"{norms.usual:.3g}, at most {norms.limit:.3g} passes. Drop the step, or scale the loss as others do"
+            f"the gradients of the call to {self._stats.expert} have a norm of {norm:.3g} for each row; yours are "
+            f"usually {extreme.usual:.3g}, and over {extreme.limit:.3g} a call is refused, not scaled down: {again}. "
+            f"Drop the step, or look at what the loss is multiplied with"
         )
 
     def _spoilt(self, batch: Batch, outputs: Flat) -> list[tuple[Task, CallError]]:
@@ -182,3 +219,19 @@ class PassGate:
 def _part(batch: Batch, indices: list[int]) -> Batch:
     tasks = [batch.tasks[index] for index in indices]
     return Batch(batch.pool, tasks, sum(task.rows for task in tasks), batch.taken_at)
+
+
+def _scaled(tensor: torch.Tensor, doublings: int) -> torch.Tensor:
+    """`tensor` times 2 to this power, in steps that every floating dtype can hold."""
+    with torch.no_grad():
+        while doublings:
+            step = max(-_LARGEST_STEP, min(_LARGEST_STEP, doublings))
+            tensor = tensor * 2.0**step
+            doublings -= step
+    return tensor
+
+
+def _least_norm(outputs: Iterable[BatchTensorProto]) -> float:
+    """Under this norm a gradient's smaller numbers would be lost in the dtypes that the outputs have."""
+    dtypes = [each.dtype for each in outputs if each.dtype.is_floating_point or each.dtype.is_complex]
+    return max((16.0 * torch.finfo(dtype).tiny for dtype in dtypes), default=1.0)

@@ -37,6 +37,8 @@ class Task:
     caller: str = LOCAL_CALLER.key
     """Whose fair share it is taken from."""
     taken: bool = False
+    halvings: int = 0
+    """How often its gradients were halved before they were batched; its results are doubled as often."""
 
     def is_dead(self, now: float) -> bool:
         """Whether nobody waits for it any more."""
@@ -71,6 +73,9 @@ class BatchGate(Protocol):
 
     def inspect(self, batch: Batch, outputs: tuple[torch.Tensor, ...]) -> list[tuple[Task, CallError]]:
         """The tasks whose results must not be sent. Raises NonFiniteResultError when the batch may be computed anew."""
+
+    def give_back(self, task: Task, results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | CallError:
+        """The results of a task that was scaled down, as they would have been if it had not."""
 
     def undo(self) -> None:
         """The batch failed: take back what it left in the expert."""

@@ -61,15 +61,21 @@ async def gradient_huge(ctx: Context) -> str:
     return seen if "ruined" in seen else "the expert is sound"
 
 
-@attack("gradient_outlier", expects="frame 400", once=True, limit_s=20)
+@attack("gradient_outlier", expects="scaled down to what is usual", once=True, limit_s=20)
 async def gradient_outlier(ctx: Context) -> str:
-    """Gradients a million times as large as the 80 that came before."""
+    """Gradients a million times as large as the 80 that came before, of a caller without a key."""
     victim = ctx.uids["victim"]
     count = len(ctx.tensors(victim, "backward")) - len(ctx.tensors(victim, "forward"))
     inputs: list[float | None] = [None] * len(ctx.tensors(victim, "forward"))
     before = await ctx.update_count(victim)
     for _ in range(80):
         await ctx.exchange(ctx.call(victim, "backward", values=[*inputs, *[1e-3] * count]))
+    usual = _first_floats(await ctx.exchange(ctx.call(value=0.5)))
     replies = [await ctx.exchange(ctx.call(victim, "backward", values=[*inputs, *[1e3] * count])) for _ in range(5)]
     ctx.updates[victim] += await ctx.update_count(victim) - before
-    return "+".join(sorted({reply.seen_frames for reply in replies}))
+    seen = "+".join(sorted({reply.seen_frames for reply in replies}))
+    after = _first_floats(await ctx.exchange(ctx.call(value=0.5)))
+    moved = max(abs(old - new) for old, new in zip(usual, after, strict=True))
+    if seen == "frame 200" and moved < 1.0:
+        return "scaled down to what is usual"
+    return f"{seen}, and the outputs moved by {moved:.3g}"

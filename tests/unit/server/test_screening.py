@@ -172,6 +172,129 @@ def test_the_outlier_gate_can_be_switched_off(gate: dict[str, Any]) -> None:
     assert not any(isinstance(each, CallError) for each in results)
 
 
+# -------------------------------------------------------------------------------------------------- scaled down
+
+ALICE, BOB = "a" * 32, "b" * 32
+
+
+def run_as(backend: ExpertBackend, calls: Iterable[tuple[str, Flat]]) -> list[Any]:
+    """Backward calls of several callers in one batch."""
+
+    async def ask() -> list[Any]:
+        futures = [backend.backward_pool.submit(call, caller=caller).future for caller, call in calls]
+        runtime.start()
+        async with asyncio.timeout(WAIT_S):
+            return await asyncio.gather(*futures, return_exceptions=True)
+
+    with served(backend) as runtime:
+        return asyncio.run(ask())
+
+
+def warmed(**options: Any) -> tuple[ExpertBackend, NodeMetrics]:
+    backend = built_in("ffn", **options)
+    metrics = guarded(backend, outlier_factor=50.0, warmup_calls=8)
+    run_as(backend, [(ALICE, honest_call(backend, "backward", seed)) for seed in range(8)])
+    return backend, metrics
+
+
+def gradients_of(backend: ExpertBackend, call: Flat) -> torch.Tensor:
+    """What a backward call would get, from the expert as it is now."""
+    x = call[0].clone().requires_grad_()
+    backend.expert(x).backward(call[1])
+    for parameter in backend.expert.parameters():
+        parameter.grad = None
+    assert x.grad is not None
+    return x.grad
+
+
+@pytest.mark.parametrize("times", [65_536.0, 1660.0, 1e9, 1e30])
+def test_a_newcomer_is_scaled_down_and_gets_the_gradients_of_its_own_scale(times: float) -> None:
+    backend, metrics = warmed()
+    x, gradient = honest_call(backend, "backward", 20)
+    large = (x, gradient * times)
+    expected = gradients_of(backend, large)
+    (result,) = run_as(backend, [(BOB, large)])
+    assert same_bits(result[0], expected), "powers of two: no bit is lost on the way down and up"
+    assert backend.update_count == 2
+    stats = metrics.stats("ffn.0", "backward")
+    assert (stats.clipped, dict(stats.rejected)) == (1, {})
+    assert 'p2pmoe_clipped_gradients_total{expert="ffn.0"} 1.0' in metrics.render()[0].decode()
+
+
+def test_the_neighbours_of_a_scaled_call_get_the_same_bits() -> None:
+    backend, _ = warmed(name="sgd", clip_grad_norm=None)
+    honest = [honest_call(backend, "backward", seed) for seed in (31, 32)]
+    x, gradient = honest_call(backend, "backward", 33)
+    expected = [gradients_of(backend, call) for call in (honest[0], (x, gradient * 1e6), honest[1])]
+    results = run_as(backend, [(ALICE, honest[0]), (BOB, (x, gradient * 1e6)), (ALICE, honest[1])])
+    assert all(torch.allclose(got[0], want, rtol=1e-5) for got, want in zip(results, expected, strict=True))
+
+
+def test_a_fresh_key_moves_the_expert_no_further_than_a_call_at_the_limit() -> None:
+    moved = []
+    for key, times in [(ALICE, 40.0), *((f"{index:032x}", 10.0**index) for index in (2, 4, 9, 15))]:
+        backend, _ = warmed(name="sgd", clip_grad_norm=None)
+        before = [parameter.detach().clone() for parameter in backend.expert.parameters()]
+        x = torch.ones(2, 4)
+        (result,) = run_as(backend, [(key, (x, torch.ones(2, 4) * times))])
+        assert not isinstance(result, CallError)
+        pairs = zip(before, backend.expert.parameters(), strict=True)
+        moved.append(math.hypot(*(float((old - new.detach()).norm()) for old, new in pairs)))
+    assert max(moved[1:]) <= moved[0] * 2, "the limit is 50 times the usual norm, of which 40 is the lesser part"
+    assert min(moved) > 0.0
+
+
+def test_one_huge_row_of_an_honest_call_is_scaled_with_it() -> None:
+    backend, metrics = warmed()
+    x, gradient = honest_call(backend, "backward", 40, rows=64)
+    gradient[7] *= 1e6
+    expected = gradients_of(backend, (x, gradient))
+    (result,) = run_as(backend, [(BOB, (x, gradient))])
+    assert torch.allclose(result[0], expected, rtol=1e-4)
+    assert metrics.stats("ffn.0", "backward").clipped == 1
+
+
+def test_gradients_that_overflow_when_they_are_scaled_back_fail_alone() -> None:
+    backend, _ = warmed()
+    with torch.no_grad():
+        for parameter in backend.expert.parameters():
+            parameter.mul_(1e3)
+    x, gradient = honest_call(backend, "backward", 50)
+    results = run_as(backend, [(ALICE, (x, gradient)), (BOB, (x, gradient * 5e34))])
+    assert not isinstance(results[0], CallError)
+    assert isinstance(results[1], ExpertFailedError)
+    assert "overflowed" in str(results[1])
+    check_finite(backend)
+
+
+def test_a_refusal_says_which_rule_and_for_how_long() -> None:
+    backend, _ = warmed()
+    x, gradient = honest_call(backend, "backward", 60)
+    refused = [run_as(backend, [(ALICE, (x, gradient * 1e6))])[0] for _ in range(3)]
+    assert all(isinstance(each, OutlierGradientError) for each in refused)
+    assert "after 2 more of this size in a row they are your new scale" in str(refused[0])
+    assert "after 0 more of this size in a row they are your new scale" in str(refused[2])
+    assert not isinstance(run_as(backend, [(ALICE, (x, gradient * 1e6))])[0], CallError)
+    (never,) = run_as(backend, [(BOB, spoilt_call(backend, "backward", {1: MAX}))])
+    assert "are never taken" in str(never)
+
+
+def test_gradients_of_half_precision_are_scaled_within_its_range() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        module = nn.Linear(4, 4).to(torch.float16)
+    proto = BatchTensorProto(4, dtype=torch.float16)
+    backend = ExpertBackend("ffn.0", module, torch.optim.SGD(module.parameters(), lr=1e-3), args_schema=(proto,))
+    metrics = guarded(backend, outlier_factor=50.0, warmup_calls=1)
+    x = torch.ones(2, 4, dtype=torch.float16)
+    run_as(backend, [(ALICE, (x, x * 1e-3))])
+    large = (x, x * 5e3)
+    expected = gradients_of(backend, large)
+    (result,) = run_as(backend, [(BOB, large)])
+    assert torch.allclose(result[0], expected, rtol=1e-2)
+    assert metrics.stats("ffn.0", "backward").clipped == 1
+
+
 # ----------------------------------------------------------------------------------------------- what overflows
 
 
