@@ -12,6 +12,8 @@
     │   ├── EncodeError             our own value cannot be written in the wire format
     │   ├── NonFiniteResultError    a pass or a step gave NaN or infinity, and was undone
     │   ├── UnexpectedError         a callback or a task of this process raised what nobody foresaw
+    │   ├── TorchModeError          torch is to record, transform or differentiate what it cannot see: a remote call
+    │   ├── NotPicklableError       an object with threads and connections was to be pickled
     │   └── ClosedError             used after close()
     │       └── ForkedError         used in a process that was forked from the one that opened it
     └── RemoteError                 a peer's side: what it sent, what it answered, that it is silent
@@ -114,6 +116,14 @@ class NonFiniteResultError(LocalError, ArithmeticError):
 
 class UnexpectedError(LocalError, RuntimeError):
     """Code of this process raised what nobody foresaw, where no caller sees it; `__cause__` is that exception."""
+
+
+class TorchModeError(LocalError, RuntimeError):
+    """torch is to record, transform or differentiate twice what happens on another machine; it would be wrong."""
+
+
+class NotPicklableError(LocalError, TypeError):
+    """An object that holds threads and connections was to be pickled."""
 
 
 class ClosedError(LocalError, RuntimeError):

@@ -52,7 +52,7 @@ class BeamSearch:
     """One search for a batch of rows.
 
     Args:
-        scores: one float tensor [B, G] for every dimension of the grid.
+        scores: one float32 or float64 tensor [B, G] on the CPU for every dimension of the grid.
         name: the name in front of the coordinates: "ffn" of "ffn.3.17".
         beam_size: prefixes kept for each row at every level, and experts found at the last.
         masks: remembers which children were seen as which mask, from search to search.
@@ -64,8 +64,8 @@ class BeamSearch:
         self._beam_size = beam_size
         self._masks = masks
         rows = len(scores[0])
-        self._coordinates = torch.zeros(rows, 1, 0, dtype=torch.int64)
-        self._totals = torch.zeros(rows, 1)
+        self._coordinates = torch.zeros(rows, 1, 0, dtype=torch.int64, device="cpu")
+        self._totals = torch.zeros(rows, 1, dtype=scores[0].dtype, device="cpu")
         self._level = 0
         self._children: Mapping[str, Children] = {}
         self._group()
@@ -120,14 +120,15 @@ class BeamSearch:
         """Which distinct prefixes the beams stand on, and which beam stands on which."""
         flat = self._coordinates.flatten(0, 1)
         if self._level == 0:
-            unique, inverse = flat[:1], torch.zeros(len(flat), dtype=torch.int64)
+            unique, inverse = flat[:1], torch.zeros(len(flat), dtype=torch.int64, device="cpu")
         else:
             key = flat[:, 0].clone()  # one integer for each prefix: unique() over rows is slow
             for level in range(1, self._level):
                 key = key * self._scores[level].shape[1] + flat[:, level]
             _, inverse = key.unique(return_inverse=True)
-            first = torch.empty(int(inverse.max()) + 1 if len(inverse) else 0, dtype=torch.int64)
-            first[inverse] = torch.arange(len(flat))
+            count = int(inverse.max()) + 1 if len(inverse) else 0
+            first = torch.empty(count, dtype=torch.int64, device="cpu")
+            first[inverse] = torch.arange(len(flat), dtype=torch.int64, device="cpu")
             unique = flat[first]
         self._prefix_of_beam = inverse.view(self._coordinates.shape[:2])
         self._prefixes = [prefix_of(self._name, tuple(row)) for row in unique.tolist()]
@@ -161,6 +162,10 @@ class MaskCache:
     def __init__(self, limit: int = 65_536) -> None:
         self._limit = limit
         self._masks: dict[str, tuple[Children, torch.Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> MaskCache:
+        """An empty one: the copied layer's searches fill it again."""
+        return MaskCache(self._limit)
 
     def mask(self, prefix: str, children: Children, grid: int) -> torch.Tensor:
         """Bool [G]: which coordinates somebody hosts."""

@@ -51,6 +51,10 @@ class ExpertInfo:
     outputs: tuple[BatchTensorProto, ...]
     schema_digest: str
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertInfo:
+        """Itself: it never changes."""
+        return self
+
     @cached_property
     def takes_plain_args(self) -> bool:
         """Whether the arguments are positional tensors without nesting or keywords."""

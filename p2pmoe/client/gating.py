@@ -7,6 +7,7 @@ Shapes: B batch, D features, K experts a row, L grid dimensions.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -20,14 +21,17 @@ class ProductKeyGating(nn.Module):
 
     def __init__(self, in_features: int, grid_size: Sequence[int]) -> None:
         super().__init__()
-        self.grid_size = tuple(grid_size)
+        try:
+            self.grid_size = tuple(map(operator.index, grid_size))
+        except TypeError as error:
+            raise SchemaError(f"grid_size must be whole numbers such as (16, 16), got {grid_size!r}") from error
         if not 1 <= len(self.grid_size) <= 4 or any(size < 1 for size in self.grid_size):
             raise SchemaError(f"grid_size must have 1 to 4 dimensions of at least 1, got {self.grid_size}")
         self.proj = nn.Linear(in_features, sum(self.grid_size))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[B, D] -> one [B, grid_size[l]] for every dimension l."""
-        return self.proj(x).split(list(self.grid_size), dim=-1)  # type: ignore[no-any-return]
+        """[B, D] -> one [B, grid_size[l]] for every dimension l, computed in the parameters' dtype (or autocast's)."""
+        return self.proj(x.to(self.proj.weight.dtype)).split(list(self.grid_size), dim=-1)  # type: ignore[no-any-return]
 
     @staticmethod
     def score(scores: Sequence[torch.Tensor], coordinates: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ Shapes: B rows, D features, K experts a row, P (row, expert) pairs, O output fea
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Coroutine, Generator, Sequence
@@ -16,18 +17,20 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from p2pmoe.client.arguments import check_arguments, give_back
 from p2pmoe.client.beam_search import BeamSearch, Found, MaskCache, read_within
 from p2pmoe.client.calls import CallGroup
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.gating import ProductKeyGating, masked_softmax
+from p2pmoe.client.graph import always_differentiable
 from p2pmoe.client.mixture_pass import MixtureOptions, MixturePasses, Route
-from p2pmoe.client.remote_expert import check_arguments
 from p2pmoe.client.routing import route
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import ExpertNotFoundError, P2PMoEError, SchemaError
 from p2pmoe.experts.uid import parse_uid, prefix_of
+from p2pmoe.protocol.modes import keeps_graph, out_of_compiled_graphs, refuse_tangents, refuse_tracing, require_plain
 from p2pmoe.protocol.nested import nested_map, nested_pack
-from p2pmoe.protocol.schema import format_schema
+from p2pmoe.protocol.schema import format_schema, format_tensor
 from p2pmoe.rpc.base import Flat
 
 T = TypeVar("T")
@@ -36,12 +39,16 @@ _ATTEMPTS = 3  # searches for one forward pass, each without the peers that were
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One call's input, one row each. `lead` is the shape that the rows had; inputs are flat, in wire order."""
+    """One call's input, one row each; inputs are flat, in wire order.
+
+    lead: the shape that the rows had; dtype: what floating outputs are cast to, None for the schema's own.
+    """
 
     info: ExpertInfo
     inputs: Flat
     gating_input: torch.Tensor
     lead: tuple[int, ...]
+    dtype: torch.dtype | None
 
 
 Step = CallGroup | Coroutine[Any, Any, Any]
@@ -66,16 +73,24 @@ class RemoteMixtureOfExperts(nn.Module):
             answer counts as a failure unless non-finite inputs or gradients of the caller's own explain it.
         allow_zero_outputs: rows with fewer than k_min answers are mixed from what there is, zeros if nothing;
             otherwise they raise.
+        skip_non_finite: a backward pass whose gradients hold NaN or infinity sends nothing to anybody and gives NaN
+            for every input, as a `torch.amp.GradScaler` needs; without it such a pass raises.
         beam_size: how many prefixes a row the search follows; at least k_best.
         search_timeout_s: how long one search may wait for the DHT; then it goes on with what it knows.
 
     Input [B, D] or [B, T, D] gives the same shape with the experts' output width. Experts that take whole
     sequences, [T, D] a row, are chosen by the mean over T. Further arguments are split by rows like the first.
 
+    Floating arguments are cast to the schema's dtype; if the first was, the outputs come back in its dtype. The gate
+    computes in its parameters' dtype; weights and sums are float32 at least.
+
+    `copy.deepcopy` shares the swarm and copies the gate. To save the layer, save its `state_dict`.
+
     Calling it raises:
         ExpertsUnavailableError: some rows had too few answers; `rows` lists them.
         ExpertNotFoundError: no expert of this prefix is known at all (and zeros are not allowed).
-        SchemaError: the input does not fit the experts.
+        SchemaError: the input does not fit the experts, or they give integers, which cannot be mixed.
+        TorchModeError: torch.jit.trace, torch.func, forward-mode differentiation or a second derivative.
     """
 
     def __init__(
@@ -93,6 +108,7 @@ class RemoteMixtureOfExperts(nn.Module):
         backward_k_min: int = 1,
         detect_anomalies: bool = False,
         allow_zero_outputs: bool = False,
+        skip_non_finite: bool = False,
         beam_size: int | None = None,
         search_timeout_s: float = 5.0,
     ) -> None:
@@ -115,6 +131,7 @@ class RemoteMixtureOfExperts(nn.Module):
             timeout_after_k_min_s=timeout_after_k_min_s,
             detect_anomalies=detect_anomalies,
             allow_zero_outputs=allow_zero_outputs,
+            skip_non_finite=skip_non_finite,
             beam_size=max(k_best, beam_size or max(2 * k_best, 8)),
             search_timeout_s=search_timeout_s,
         )
@@ -129,7 +146,7 @@ class RemoteMixtureOfExperts(nn.Module):
 
     def forward(self, x: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """Mix the experts' outputs for every row of `x`, [B, D] or [B, T, D]."""
-        return self._drive(self._forward_steps(x, args, kwargs), self.options.forward_timeout_s)
+        return out_of_compiled_graphs(self._forward)(x, args, kwargs)
 
     async def acall(self, x: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """The same from a coroutine of any loop, which stays free meanwhile. `backward()` blocks as always."""
@@ -145,6 +162,9 @@ class RemoteMixtureOfExperts(nn.Module):
                 await self.swarm.call_async(step, left_s)
             else:
                 answer = await self.swarm.run_async(step, left_s)
+
+    def _forward(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._drive(self._forward_steps(x, args, kwargs), self.options.forward_timeout_s)
 
     def _drive(self, steps: Steps[T], timeout_s: float) -> T:
         answer, deadline = None, time.monotonic() + timeout_s
@@ -164,16 +184,18 @@ class RemoteMixtureOfExperts(nn.Module):
 
     def _forward_steps(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps[Any]:
         deadline = time.monotonic() + self.options.forward_timeout_s
+        refuse_tracing(f"a mixture of {self.uid_prefix}")
+        self._check_input(x)
         if self._info is None:
             self._info = yield self._discover()
         if self._info is None:  # nobody is there, and zeros are allowed
-            self._check_input(x)
             rows = x.reshape(-1, self.in_features)
             return self._nothing(rows, self._scores(rows), [torch.zeros_like(x)], None)
         batch = self._prepare(self._info, x, args, kwargs)
         scores = self._scores(batch.gating_input)
         if not len(batch.gating_input):
-            zeros = [proto.make_zeros(0, x.device).view(*batch.lead, *proto.shape) for proto in batch.info.outputs]
+            empty = [proto.make_zeros(0, x.device).view(*batch.lead, *proto.shape) for proto in batch.info.outputs]
+            zeros = give_back(empty, batch.dtype)
             return self._nothing(batch.inputs[0], scores, zeros, batch.info.outputs_schema)
         for attempt in range(_ATTEMPTS):
             found = yield from self._search(scores)
@@ -201,9 +223,8 @@ class RemoteMixtureOfExperts(nn.Module):
     # What RemoteSwitchMixtureOfExperts does differently:
 
     def _scores(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Gating scores of each grid dimension."""
-        scores: Sequence[torch.Tensor] = self.gate(x)
-        return scores
+        """Gating scores of each grid dimension, float32 at least: half of them would be ties in bfloat16."""
+        return [each.to(torch.promote_types(each.dtype, torch.float32)) for each in self.gate(x)]
 
     def _weights(self, scores: Sequence[torch.Tensor], coordinates: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
         """[B, K]: how much of each expert goes into a row."""
@@ -227,7 +248,7 @@ class RemoteMixtureOfExperts(nn.Module):
                 digest = counts.most_common(1)[0][0]
                 fitting = {c: [each for each in children[c] if each.schema_digest == digest] for c in inside}
                 uid, providers = next((f"{prefix}{c}", each) for c, each in fitting.items() if each)
-                return await self.swarm.expert_info(uid, providers)
+                return _mixable(uid, await self.swarm.expert_info(uid, providers))
             prefix = f"{prefix}{inside[0]}."
         if self.options.allow_zero_outputs:
             return None
@@ -237,22 +258,25 @@ class RemoteMixtureOfExperts(nn.Module):
         )
 
     def _check_input(self, x: torch.Tensor) -> None:
-        if x.ndim < 2 or x.shape[-1] != self.in_features:
-            raise SchemaError(
-                f"{self!r} takes [B, {self.in_features}] or [B, T, {self.in_features}], got {list(x.shape)}"
-            )
+        takes = f"a mixture of {self.uid_prefix} takes [B, {self.in_features}] or [B, T, {self.in_features}]"
+        if not isinstance(x, torch.Tensor):
+            raise SchemaError(f"{takes}, got {type(x).__name__}")
+        require_plain(f"a mixture of {self.uid_prefix}", "the input", x)
+        if x.ndim < 2 or x.shape[-1] != self.in_features or x.is_complex():
+            raise SchemaError(f"{takes}, got {format_tensor(tuple(x.shape), str(x.dtype).removeprefix('torch.'))}")
+        refuse_tangents(f"a mixture of {self.uid_prefix}", (x,))
 
     def _nothing(
         self, rows: torch.Tensor, scores: Sequence[torch.Tensor], zeros: Sequence[torch.Tensor], structure: Any
     ) -> Any:
         """These zeros, in the graph of input and gate, so that training goes on through them."""
-        silent = [each.masked_fill(torch.ones_like(each, dtype=torch.bool), 0.0).sum() for each in (rows, *scores)]
+        parts = (rows, *scores, *((always_differentiable(),) if keeps_graph() else ()))
+        silent = [each.masked_fill(torch.ones_like(each, dtype=torch.bool), 0).sum() for each in parts]
         mixed = [sum((zero.to(each.dtype) for zero in silent), start=each) for each in zeros]
         wished = torch.stack([score.argmax(-1) for score in scores], dim=-1).unsqueeze(1)
         return self._finish(nested_pack(mixed, structure), scores, wished)
 
     def _prepare(self, info: ExpertInfo, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-        self._check_input(x)
         if self.options.detect_anomalies and not bool(x.isfinite().all()):
             raise SchemaError("the input has non-finite values; detect_anomalies refuses to send them")
         row_rank = len(info.inputs[0].shape)
@@ -260,14 +284,34 @@ class RemoteMixtureOfExperts(nn.Module):
             expert = f"{self.uid_prefix} takes {format_schema(info.forward_schema)}"
             raise SchemaError(f"{expert}; an input of {list(x.shape)} has no batch dimension in front of that")
         lead = tuple(x.shape[: x.ndim - row_rank])
-        args, kwargs = nested_map(lambda each: each.reshape(-1, *each.shape[len(lead) :]), ((x, *args), kwargs))
-        inputs = check_arguments(self.uid_prefix, info, args, kwargs)
-        rows = args[0]
-        gating_input = rows if row_rank == 1 else rows.flatten(1, -2).mean(1)
-        return Batch(info, inputs, gating_input, lead)
+        args, kwargs = nested_map(lambda each: self._as_rows(each, lead), ((x, *args), kwargs))
+        inputs, dtype = check_arguments(self.uid_prefix, info, args, kwargs)
+        return Batch(info, inputs, self._gating_input(args[0]), lead, dtype)
+
+    def _as_rows(self, argument: Any, lead: tuple[int, ...]) -> torch.Tensor:
+        """An argument with its leading dimensions, those of the first one, made into one."""
+        if not isinstance(argument, torch.Tensor):
+            raise SchemaError(f"{self.uid_prefix}: every argument must be a tensor, got {type(argument).__name__}")
+        require_plain(self.uid_prefix, "an argument", argument)
+        if tuple(argument.shape[: len(lead)]) != lead:
+            raise SchemaError(
+                f"{self.uid_prefix}: every argument must begin with the first one's {list(lead)}, the batch size; "
+                f"got {list(argument.shape)}"
+            )
+        return argument.reshape(math.prod(lead), *argument.shape[len(lead) :])
+
+    @staticmethod
+    def _gating_input(rows: torch.Tensor) -> torch.Tensor:
+        """[B, D]: the rows, or the mean over whatever lies between; no NaN where that is nothing."""
+        if rows.ndim == 2:
+            return rows
+        flat = rows.flatten(1, -2)
+        if not flat.is_floating_point():
+            flat = flat.to(torch.float32)
+        return flat.mean(1) if flat.shape[1] else flat.sum(1)
 
     def _search(self, scores: Sequence[torch.Tensor]) -> Steps[Found]:
-        cpu_scores = [score.detach().to("cpu", torch.float32) for score in scores]
+        cpu_scores = [score.detach().to("cpu") for score in scores]
         search = BeamSearch(cpu_scores, self.uid_prefix, self.options.beam_size, self._masks)
         directory = self.swarm.directory
         deadline = time.monotonic() + self.options.search_timeout_s
@@ -294,10 +338,24 @@ class RemoteMixtureOfExperts(nn.Module):
         weights_P = weights[rows_P, slots_P]
         mixed = []
         for output in outputs:
-            weighted = output * weights_P.to(output.dtype).view(-1, *[1] * (output.ndim - 1))
+            weighted = output.to(torch.promote_types(output.dtype, weights.dtype)) * weights_P.view(
+                -1, *[1] * (output.ndim - 1)
+            )
             total = torch.zeros(way.rows, *output.shape[1:], dtype=weighted.dtype, device=weighted.device)
-            mixed.append(total.index_add(0, rows_P, weighted).view(*batch.lead, *output.shape[1:]))
+            summed = total.index_add(0, rows_P, weighted).to(output.dtype if batch.dtype is None else batch.dtype)
+            mixed.append(summed.view(*batch.lead, *output.shape[1:]))
         return batch.info.pack_outputs(mixed)
+
+
+def _mixable(uid: str, info: ExpertInfo) -> ExpertInfo:
+    """The same, of an expert whose outputs can be weighted and summed. Raises SchemaError."""
+    whole = next((str(proto) for proto in info.outputs if not proto.dtype.is_floating_point), None)
+    if whole is not None:
+        raise SchemaError(
+            f"{uid} gives {whole}: a mixture weights its experts' outputs and sums them, which integers cannot take. "
+            f"Call the expert itself, swarm.expert({uid!r}), or host experts that give floats only"
+        )
+    return info
 
 
 def _left(deadline: float) -> float:

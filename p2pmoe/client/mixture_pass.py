@@ -10,21 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch.autograd.function import once_differentiable
 
 from p2pmoe.client.calls import Call, CallGroup, make_call
 from p2pmoe.client.directory import ExpertInfo
-from p2pmoe.client.remote_expert import always_differentiable, fill_gradients, keep_outputs
+from p2pmoe.client.graph import always_differentiable, explain, input_gradients, keep_for_backward
 from p2pmoe.client.replies import check_finite
 from p2pmoe.client.routing import Routing
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import ExpertNotFoundError, ExpertsUnavailableError, NonFiniteReplyError, P2PMoEError
 from p2pmoe.experts.directory import Provider
+from p2pmoe.protocol.modes import keeps_graph
 from p2pmoe.protocol.schema import BatchTensorProto
 from p2pmoe.rpc.base import Flat
 from p2pmoe.types import Pass, PeerId
 
+Counts = npt.NDArray[np.int64]
 _SHOWN_ROWS: Final = 8
 
 
@@ -40,6 +43,7 @@ class MixtureOptions:
     timeout_after_k_min_s: float | None
     detect_anomalies: bool
     allow_zero_outputs: bool
+    skip_non_finite: bool
     beam_size: int
     search_timeout_s: float
 
@@ -65,6 +69,11 @@ class MixturePasses:
     def __repr__(self) -> str:
         return f"<MixturePasses over {self._swarm}>"
 
+    @property
+    def skips_non_finite(self) -> bool:
+        """See `RemoteMixtureOfExperts`."""
+        return self._options.skip_non_finite
+
     def forward_group(
         self, way: Route, inputs: Flat, valid: torch.Tensor, timeout_s: float
     ) -> tuple[CallGroup, list[int]]:
@@ -72,7 +81,7 @@ class MixturePasses:
         info = way.info
         sent = [index for index, provider in enumerate(way.providers) if provider is not None]
         calls = [self._call(way, index, "forward", inputs, info.inputs, info.outputs, timeout_s) for index in sent]
-        enough = _Enough(way, sent, valid.sum(1).clamp(max=self._options.k_min))
+        enough = _Enough(way, sent, np.minimum(valid.numpy().sum(1), self._options.k_min))
         return CallGroup(calls, enough=enough, grace_s=self._options.timeout_after_k_min_s), sent
 
     def collect(
@@ -130,13 +139,14 @@ class MixturePasses:
         return short
 
     def unavailable(
-        self, direction: Pass, rows: Sequence[int], results: Sequence[Flat | P2PMoEError]
+        self, direction: Pass, rows: Sequence[int], results: Sequence[Flat | P2PMoEError], gradients: Flat = ()
     ) -> ExpertsUnavailableError:
-        """The error that names these rows and one reason."""
+        """The error that names these rows and one reason, `gradients` being what a backward pass sent."""
         shown = ", ".join(map(str, rows[:_SHOWN_ROWS])) + (", …" if len(rows) > _SHOWN_ROWS else "")
         reason = next(
             (str(result) for result in results if isinstance(result, P2PMoEError)), "too few experts are alive"
         )
+        reason = explain(reason, gradients)
         k_min = max(1, self._options.k_min) if direction == "forward" else self._options.backward_k_min
         return ExpertsUnavailableError(
             f"{direction}: fewer than {k_min} experts answered for {len(rows)} rows ({shown}): {reason}", tuple(rows)
@@ -146,7 +156,7 @@ class MixturePasses:
         """Outputs [P, O] of every pair, zeros where nobody answered, in the autograd graph of the inputs."""
         device = inputs[0].device
         outputs = _join(results, way.routing.bounds, way.info.outputs, device)
-        if not torch.is_grad_enabled():
+        if not keeps_graph():
             return outputs
         answered = [index for index, result in enumerate(results) if not isinstance(result, P2PMoEError)]
         attached: Flat = _RemoteMix.apply(  # type: ignore[no-untyped-call]
@@ -163,16 +173,16 @@ class MixturePasses:
             )
             for index in answered
         ]
-        needed = _count_rows(way, answered).clamp(max=self._options.backward_k_min)
+        needed = np.minimum(_count_rows(way, answered), self._options.backward_k_min)
         enough = _Enough(way, answered, needed)
         group = CallGroup(calls, enough=enough, grace_s=self._options.timeout_after_k_min_s)
         if calls:
             self._swarm.call(group, timeout_s)
         results = self.collect(way, group, answered, timeout_s, (*inputs, *gradients))
         trained = [index for index in answered if not isinstance(results[index], P2PMoEError)]
-        short = (_count_rows(way, trained) < needed).nonzero().flatten().tolist()
+        short: list[int] = np.flatnonzero(_count_rows(way, trained) < needed).tolist()
         if short:
-            raise self.unavailable("backward", short, [results[index] for index in answered])
+            raise self.unavailable("backward", short, [results[index] for index in answered], gradients)
         return _join(results, way.routing.bounds, info.inputs, inputs[0].device)
 
     # -- private
@@ -227,42 +237,44 @@ class _RemoteMix(torch.autograd.Function):
         *inputs: torch.Tensor,
     ) -> Flat:
         ctx.passes, ctx.way, ctx.answered = passes, way, answered
-        ctx.save_for_backward(*inputs)
-        return keep_outputs(ctx, outputs)
+        return keep_for_backward(ctx, inputs, outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        filled = fill_gradients(ctx, gradients)
-        results = ctx.passes.backward(ctx.way, ctx.answered, ctx.saved_tensors, filled)
-        needed = ctx.needs_input_grad[5:]
-        return (
-            None,
-            None,
-            None,
-            None,
-            None,
-            *(each if need else None for each, need in zip(results, needed, strict=True)),
+        passes: MixturePasses = ctx.passes
+        way: Route = ctx.way
+        wanted = input_gradients(
+            ctx,
+            gradients,
+            lambda inputs, filled: passes.backward(way, ctx.answered, inputs, filled),
+            protos=way.info.outputs,
+            skip_non_finite=passes.skips_non_finite,
         )
+        return None, None, None, None, None, *wanted
 
 
 class _Enough:
-    """True once every row has as many answers as it needs. Called on the swarm's loop."""
+    """True once every row has as many answers as it needs. Called on the thread that reads the answers.
 
-    def __init__(self, way: Route, sent: list[int], needed: torch.Tensor) -> None:
-        self._rows = [way.routing.rows_P[slice(*way.routing.bounds[index])] for index in sent]
-        self._missing = needed.clone()
+    In numpy: torch refuses another thread to write to what was made under the caller's `inference_mode`.
+    """
+
+    def __init__(self, way: Route, sent: list[int], needed: Counts) -> None:
+        rows_P = way.routing.rows_P.numpy()
+        self._rows = [rows_P[slice(*way.routing.bounds[index])] for index in sent]
+        self._missing = needed.copy()
 
     def __call__(self, position: int) -> bool:
         self._missing[self._rows[position]] -= 1
         return not bool((self._missing > 0).any())
 
 
-def _count_rows(way: Route, experts: Sequence[int]) -> torch.Tensor:
-    """int64 [B]: how many of these experts each row went to."""
-    counts = torch.zeros(way.rows, dtype=torch.int64)
+def _count_rows(way: Route, experts: Sequence[int]) -> Counts:
+    """[B]: how many of these experts each row went to."""
+    counts = np.zeros(way.rows, np.int64)
+    rows_P = way.routing.rows_P.numpy()
     for index in experts:
-        counts[way.routing.rows_P[slice(*way.routing.bounds[index])]] += 1
+        counts[rows_P[slice(*way.routing.bounds[index])]] += 1
     return counts
 
 
@@ -276,8 +288,8 @@ def _join(
     joined = []
     for position, proto in enumerate(protos):
         parts = [
-            proto.make_zeros(end - start) if isinstance(result, P2PMoEError) else result[position]
+            proto.make_zeros(end - start, "cpu") if isinstance(result, P2PMoEError) else result[position]
             for (start, end), result in zip(bounds, results, strict=True)
         ]
-        joined.append((torch.cat(parts) if parts else proto.make_zeros(0)).to(device))
+        joined.append((torch.cat(parts) if parts else proto.make_zeros(0, "cpu")).to(device))
     return tuple(joined)

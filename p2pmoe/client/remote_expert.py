@@ -14,10 +14,11 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
+from p2pmoe.client.arguments import check_arguments, give_back
 from p2pmoe.client.calls import CallGroup, make_call
 from p2pmoe.client.directory import ExpertInfo
+from p2pmoe.client.graph import always_differentiable, input_gradients, keep_for_backward
 from p2pmoe.client.replies import check_finite, check_finite_async
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import (
@@ -30,14 +31,14 @@ from p2pmoe.errors import (
     OverloadedError,
     P2PMoEError,
     PeerUnreachableError,
-    SchemaError,
+    TorchModeError,
     UnknownExpertError,
 )
 from p2pmoe.experts.directory import Provider
 from p2pmoe.experts.uid import parse_uid
 from p2pmoe.protocol.messages import new_call_id
-from p2pmoe.protocol.nested import nested_compare, nested_flatten
-from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tensor
+from p2pmoe.protocol.modes import keeps_graph, out_of_compiled_graphs, refuse_tracing
+from p2pmoe.protocol.schema import BatchTensorProto, format_schema
 from p2pmoe.rpc.base import Flat
 from p2pmoe.types import Pass
 
@@ -95,9 +96,14 @@ class RemoteExpert(nn.Module):
         swarm: the swarm to call through.
         uid: e.g. "ffn.3.17".
         forward_timeout_s, backward_timeout_s: how long one pass may take, other providers included.
+        skip_non_finite: a backward pass whose gradients hold NaN or infinity sends nothing and gives NaN for every
+            input, as a `torch.amp.GradScaler` needs; without it such a pass raises.
+
+    Floating arguments are cast to the schema's dtype. If the first of them was, the outputs come back in its dtype.
 
     Calling it raises:
         SchemaError: the arguments do not fit the expert's schema; nothing was sent.
+        TorchModeError: torch.jit.trace, torch.func, forward-mode differentiation or a second derivative.
         ExpertNotFoundError, PeerUnreachableError, DeadlineError: nobody answered.
         CallError: the node refused or failed; see `p2pmoe.errors`.
         DecodeError: every node that was asked answered something else than the schema says, or NaN where that does
@@ -105,13 +111,20 @@ class RemoteExpert(nn.Module):
     """
 
     def __init__(
-        self, swarm: Swarm, uid: str, *, forward_timeout_s: float = 60.0, backward_timeout_s: float = 60.0
+        self,
+        swarm: Swarm,
+        uid: str,
+        *,
+        forward_timeout_s: float = 60.0,
+        backward_timeout_s: float = 60.0,
+        skip_non_finite: bool = False,
     ) -> None:
         super().__init__()
         self.swarm, self.uid = swarm, uid
         self._prefix, self._suffix = parse_uid(uid).prefix, parse_uid(uid).suffix
         self.forward_timeout_s = forward_timeout_s
         self.backward_timeout_s = backward_timeout_s
+        self.skip_non_finite = skip_non_finite
         self._info: ExpertInfo | None = None
 
     def __repr__(self) -> str:
@@ -128,19 +141,23 @@ class RemoteExpert(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the expert; [B, …] tensors in the structure of its schema, outputs in the structure of its outputs."""
-        info = self.info
-        tensors = check_arguments(self.uid, info, args, kwargs)
-        outputs = self._call(self._forward_request(info, tensors), self.forward_timeout_s)
-        return info.pack_outputs(self._attach(outputs, tensors))
+        return out_of_compiled_graphs(self._forward)(args, kwargs)
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """The same from a coroutine of any loop; the loop stays free while the expert computes."""
+        refuse_tracing(self.uid)
         if self._info is None:
             self._info = await self.swarm.run_async(self._fetch_info())
         info = self._info
-        tensors = check_arguments(self.uid, info, args, kwargs)
+        tensors, dtype = check_arguments(self.uid, info, args, kwargs)
+        versions = _versions(tensors)
         outputs = await self._call_async(self._forward_request(info, tensors), self.forward_timeout_s)
-        return info.pack_outputs(self._attach(outputs, tensors))
+        if versions != _versions(tensors):
+            raise TorchModeError(
+                f"{self.uid}: an argument was modified by an inplace operation while the call was under way; nobody "
+                f"knows which values were sent. Change a copy"
+            )
+        return info.pack_outputs(give_back(self._attach(outputs, tensors), dtype))
 
     def call_backward(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> Flat:
         """One backward pass: trains the expert, gives the gradients of every input. Flat, in wire order."""
@@ -149,6 +166,13 @@ class RemoteExpert(nn.Module):
         return self._call(request, self.backward_timeout_s)
 
     # -- private
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_tracing(self.uid)
+        info = self.info
+        tensors, dtype = check_arguments(self.uid, info, args, kwargs)
+        outputs = self._call(self._forward_request(info, tensors), self.forward_timeout_s)
+        return info.pack_outputs(give_back(self._attach(outputs, tensors), dtype))
 
     async def _fetch_info(self) -> ExpertInfo:
         providers = await self.swarm.find_providers(self.uid)
@@ -162,7 +186,7 @@ class RemoteExpert(nn.Module):
         device = tensors[0].device
         if device.type != "cpu":
             outputs = tuple(output.to(device) for output in outputs)
-        if not torch.is_grad_enabled() or not len(tensors[0]):
+        if not keeps_graph():
             return outputs
         attached: Flat = _RemoteCall.apply(  # type: ignore[no-untyped-call]
             always_differentiable(), self, outputs, *tensors
@@ -174,7 +198,7 @@ class RemoteExpert(nn.Module):
 
     def _call(self, request: _Request, timeout_s: float) -> Flat:
         if not len(request.tensors[0]):
-            return tuple(proto.make_zeros(0) for proto in request.expected)
+            return tuple(proto.make_zeros(0, "cpu") for proto in request.expected)
         provider = self._cached_provider()
         if provider is None:
             return self.swarm.run(self._call_providers(request, timeout_s), timeout_s + 1)
@@ -197,7 +221,7 @@ class RemoteExpert(nn.Module):
 
     async def _call_async(self, request: _Request, timeout_s: float) -> Flat:
         if not len(request.tensors[0]):
-            return tuple(proto.make_zeros(0) for proto in request.expected)
+            return tuple(proto.make_zeros(0, "cpu") for proto in request.expected)
         return await self.swarm.run_async(self._call_providers(request, timeout_s), timeout_s + 1)
 
     async def _call_providers(self, request: _Request, timeout_s: float, failed: _Failed | None = None) -> Flat:
@@ -291,69 +315,21 @@ class _RemoteCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, expert: RemoteExpert, outputs: Flat, *inputs: torch.Tensor) -> Flat:
         ctx.expert = expert
-        ctx.save_for_backward(*inputs)
-        return keep_outputs(ctx, outputs)
+        return keep_for_backward(ctx, inputs, outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        filled = fill_gradients(ctx, gradients)
-        inputs = ctx.saved_tensors
-        results = ctx.expert.call_backward(inputs, filled)
-        wanted = [
-            result.to(tensor.device) if needed else None
-            for result, tensor, needed in zip(results, inputs, ctx.needs_input_grad[3:], strict=True)
-        ]
+        expert: RemoteExpert = ctx.expert
+        wanted = input_gradients(
+            ctx,
+            gradients,
+            expert.call_backward,
+            protos=expert.info.outputs,
+            skip_non_finite=expert.skip_non_finite,
+        )
         return None, None, None, *wanted
 
 
-def keep_outputs(ctx: Any, outputs: Flat) -> Flat:
-    """Note in an autograd context what `fill_gradients` will need; gives the outputs back."""
-    ctx.outputs = [(output.shape, output.dtype, output.device) for output in outputs]
-    ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
-    return outputs
-
-
-def fill_gradients(ctx: Any, gradients: tuple[torch.Tensor | None, ...]) -> Flat:
-    """A gradient of each kept output's dtype; zeros where autograd has none."""
-    return tuple(
-        torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient.to(dtype)
-        for gradient, (shape, dtype, device) in zip(gradients, ctx.outputs, strict=True)
-    )
-
-
-def always_differentiable() -> torch.Tensor:
-    """Autograd skips a Function none of whose inputs need a gradient; the expert must be trained all the same."""
-    return torch.empty(0, requires_grad=True)
-
-
-def check_arguments(uid: str, info: ExpertInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flat:
-    """Arguments as flat tensors in wire order; floating ones cast to the schema's dtype. Raises SchemaError."""
-    if info.takes_plain_args and not kwargs and len(args) == len(info.inputs):
-        flat = args  # no nesting to compare and to take apart
-    elif nested_compare((args, kwargs), info.forward_schema):
-        flat = nested_flatten((args, kwargs))
-    else:
-        given = ", ".join([*(["…"] * len(args)), *(f"{key}=…" for key in kwargs)])
-        raise SchemaError(
-            f"{uid} takes positional {format_schema(info.forward_schema[0])} and keywords "
-            f"{sorted(info.forward_schema[1])}; it was called as ({given})"
-        )
-    tensors = tuple(
-        _cast(uid, index, value, proto) for index, (value, proto) in enumerate(zip(flat, info.inputs, strict=True))
-    )
-    if len(tensors) > 1 and len({len(tensor) for tensor in tensors}) != 1:
-        raise SchemaError(f"{uid}: all tensors must have the same batch size, got {[len(each) for each in tensors]}")
-    return tensors
-
-
-def _cast(uid: str, index: int, value: Any, proto: BatchTensorProto) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor):
-        raise SchemaError(f"{uid}: argument {index} must be a tensor {proto}, got {type(value).__name__}")
-    if value.dtype is proto.dtype and value.shape[1:] == proto.shape and value.ndim:
-        return value
-    both_floating = value.is_floating_point() and proto.dtype.is_floating_point
-    if value.ndim == 0 or tuple(value.shape[1:]) != proto.shape or not (value.dtype == proto.dtype or both_floating):
-        got = format_tensor(tuple(value.shape), str(value.dtype).removeprefix("torch."))
-        raise SchemaError(f"{uid}: argument {index} must be {proto}, got {got}")
-    return value.to(proto.dtype)
+def _versions(tensors: Flat) -> list[int]:
+    """How often each was written to; torch counts that to notice that a value it needs is gone."""
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]  # noqa: SLF001

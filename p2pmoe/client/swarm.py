@@ -10,7 +10,7 @@ import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from p2pmoe.client.calls import CallGroup
 from p2pmoe.client.directory import Directory, ExpertInfo
@@ -24,6 +24,7 @@ from p2pmoe.errors import (
     DeadlineError,
     DecodeError,
     ExpertNotFoundError,
+    NotPicklableError,
     P2PMoEError,
 )
 from p2pmoe.experts.directory import ExpertDirectory, ExpertRecord, Provider
@@ -108,6 +109,21 @@ class Swarm:
 
     def __repr__(self) -> str:
         return f"<Swarm: {self._dispatcher or 'not started'}>"
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of a model calls through the same swarm: there is one set of threads and connections."""
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise NotPicklableError(
+            "a Swarm has threads, connections and a key of its own and cannot be pickled, nor can a model with remote "
+            "layers: save model.state_dict() in the place of the model; in the other process open a Swarm, make the "
+            "layers anew and load_state_dict(). A data loader's dataset must not hold them: call experts in the main "
+            "process"
+        )
 
     # -- life
 

@@ -43,6 +43,7 @@ class RemoteSwitchMixtureOfExperts(RemoteMixtureOfExperts):
 
     def _scores(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         if self.training and self.jitter_eps:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 has two numbers between 0.99 and 1.01
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_eps, 1 + self.jitter_eps)
         return super()._scores(x)
 

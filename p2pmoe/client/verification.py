@@ -268,9 +268,10 @@ def draw_rows(dice: random.Random, inputs: Flat, outputs: Flat) -> list[int] | N
 
 def take_rows(tensors: Flat, rows: Sequence[int]) -> Flat:
     """Copies of some rows, on the CPU: the originals belong to the caller, who may change them in place."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # they are used on another thread
         return tuple(
-            tensor.detach().index_select(0, torch.tensor(rows, device=tensor.device)).to("cpu") for tensor in tensors
+            tensor.detach().index_select(0, torch.tensor(rows, dtype=torch.int64, device=tensor.device)).to("cpu")
+            for tensor in tensors
         )
 
 

@@ -223,7 +223,7 @@ def make_room(shape: Sequence[int], dtype: torch.dtype, size: int) -> tuple[torc
     wire_dtype = _NUMPY_DTYPES.get(dtype)
     if wire_dtype is None or not 0 < size <= _SMALL_BYTES:
         # Foreign BOOL bytes may be other than 0 and 1, which torch must never see in a bool tensor.
-        tensor = torch.empty(shape, dtype=torch.uint8 if dtype is torch.bool else dtype)
+        tensor = torch.empty(shape, dtype=torch.uint8 if dtype is torch.bool else dtype, device="cpu")
         return tensor, tensor_memory(tensor)
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.__array_interface__["data"][0] % _ALIGNMENT

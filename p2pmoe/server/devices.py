@@ -74,7 +74,7 @@ def _join(column: tuple[torch.Tensor, ...]) -> torch.Tensor:
     numel = sum(tensor.numel() for tensor in column)
     if not SMALL <= numel <= _JOINED_ALONE:
         return torch.cat(column)
-    joined = torch.empty((sum(map(len, column)), *first.shape[1:]), dtype=first.dtype)
+    joined = torch.empty((sum(map(len, column)), *first.shape[1:]), dtype=first.dtype, device="cpu")
     row = 0
     for piece in _pieces(column):
         rows = sum(map(len, piece))
@@ -167,7 +167,7 @@ class CudaDevice:
             on_cpu = []
             for output in outputs:
                 output.record_stream(self._copy_out)
-                pinned = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+                pinned = torch.empty(output.shape, dtype=output.dtype, device="cpu", pin_memory=True)
                 on_cpu.append(pinned.copy_(output.detach(), non_blocking=True))
             done = torch.cuda.Event()
             done.record(self._copy_out)
@@ -182,5 +182,5 @@ class CudaDevice:
         """The tasks' rows merged straight into pinned memory: one copy, as the plain merge needs too."""
         rows = sum(len(tensor) for tensor in column)
         first = column[0]
-        pinned = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, pin_memory=True)
+        pinned = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device="cpu", pin_memory=True)
         return torch.cat(column, out=pinned)

@@ -1,4 +1,7 @@
-"""Built-in experts and the register of the user's own. Plain modules: they know nothing of being served."""
+"""Built-in experts and the register of the user's own. Plain modules: they know nothing of being served.
+
+The built-in ones are float32 whatever torch's default dtype is: a swarm has one schema.
+"""
 
 from __future__ import annotations
 
@@ -85,8 +88,9 @@ def _as_proto(value: Any) -> BatchTensorProto:
     raise SchemaError(f"sample_input must give tensors or BatchTensorProto, got {type(value).__name__}")
 
 
-def _rows(batch_size: int, hidden_dim: int) -> torch.Tensor:
-    return torch.empty(batch_size, hidden_dim)
+def _rows(batch_size: int, hidden_dim: int) -> BatchTensorProto:
+    del batch_size
+    return BatchTensorProto(hidden_dim)
 
 
 @register_expert_class("ffn", _rows)
@@ -96,16 +100,16 @@ class FeedforwardExpert(nn.Module):
     def __init__(self, hidden_dim: int, *, inner_dim: int | None = None) -> None:
         super().__init__()
         inner_dim = inner_dim or 4 * hidden_dim
-        self.up = nn.Linear(hidden_dim, inner_dim)
+        self.up = nn.Linear(hidden_dim, inner_dim, dtype=torch.float32)
         self.activation = nn.GELU()
-        self.down = nn.Linear(inner_dim, hidden_dim)
+        self.down = nn.Linear(inner_dim, hidden_dim, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.down(self.activation(self.up(x)))
         return y
 
 
-@register_expert_class("transformer", lambda batch_size, hidden_dim: torch.empty(batch_size, 64, hidden_dim))
+@register_expert_class("transformer", lambda _, hidden_dim: BatchTensorProto(64, hidden_dim))
 class TransformerExpert(nn.Module):
     """[B, seq_len, hidden] -> the same: one pre-norm transformer encoder layer without dropout."""
 
@@ -113,7 +117,13 @@ class TransformerExpert(nn.Module):
         super().__init__()
         self.args_schema = (BatchTensorProto(seq_len, hidden_dim),)
         self.layer = nn.TransformerEncoderLayer(
-            hidden_dim, num_heads, inner_dim or 4 * hidden_dim, dropout=0.0, batch_first=True, norm_first=True
+            hidden_dim,
+            num_heads,
+            inner_dim or 4 * hidden_dim,
+            dropout=0.0,
+            batch_first=True,
+            norm_first=True,
+            dtype=torch.float32,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,7 +138,9 @@ class NopExpert(nn.Module):
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
         self.hidden_dim = hidden_dim
-        self.weight = nn.Parameter(torch.zeros(0))  # optimizers refuse to have nothing to train
+        self.weight = nn.Parameter(
+            torch.zeros(0, dtype=torch.float32, device="cpu")
+        )  # optimizers refuse to have nothing to train
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.clone()
@@ -136,10 +148,7 @@ class NopExpert(nn.Module):
 
 @register_expert_class(
     "det_dropout",
-    lambda batch_size, hidden_dim: (
-        torch.empty(batch_size, hidden_dim),
-        torch.zeros(batch_size, hidden_dim, dtype=torch.uint8),
-    ),
+    lambda _, hidden_dim: (BatchTensorProto(hidden_dim), BatchTensorProto(hidden_dim, dtype=torch.uint8)),
 )
 class DeterministicDropoutExpert(nn.Module):
     """([B, hidden], keep mask uint8 [B, hidden]) -> [B, hidden]: dropout whose mask the caller draws.
@@ -152,8 +161,8 @@ class DeterministicDropoutExpert(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.keep = 1.0 - dropout
-        self.up = nn.Linear(hidden_dim, 2 * hidden_dim)
-        self.down = nn.Linear(2 * hidden_dim, hidden_dim)
+        self.up = nn.Linear(hidden_dim, 2 * hidden_dim, dtype=torch.float32)
+        self.down = nn.Linear(2 * hidden_dim, hidden_dim, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.down(torch.relu(self.up(x * mask.to(x.dtype) / self.keep)))

@@ -55,9 +55,14 @@ def load_split() -> Digits:
     bundle = load_digits()
     images = torch.from_numpy(bundle.data).to(torch.float32) / 16.0
     labels = torch.from_numpy(bundle.target).to(torch.int64)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    order = shuffled(len(images), torch.Generator().manual_seed(SPLIT_SEED))
     test, train = order[:HELD_OUT], order[HELD_OUT:]
     return Digits(images[train], labels[train], images[test], labels[test])
+
+
+def shuffled(count: int, generator: torch.Generator) -> torch.Tensor:
+    """The numbers below `count` in random order, int64 on the CPU."""
+    return torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
 
 
 def shuffled_batches(
@@ -67,7 +72,7 @@ def shuffled_batches(
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, len(inputs))
     while True:
-        order = torch.randperm(len(inputs), generator=generator)
+        order = shuffled(len(inputs), generator)
         for start in range(0, len(order) - batch_size + 1, batch_size):
             chosen = order[start : start + batch_size]
             yield inputs[chosen], targets[chosen]

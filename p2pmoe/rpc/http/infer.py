@@ -208,14 +208,14 @@ def tensor_from_json(header: TensorHeader, limits: FrameLimits) -> torch.Tensor:
 def _from_pieces(text: bytes, count: int, dtype: torch.dtype, header: TensorHeader) -> torch.Tensor:
     """`text` is numbers with commas between them, those of nested lists without the lists."""
     decoder = _float_decoder if dtype.is_floating_point else _bool_decoder if dtype is torch.bool else _int_decoder
-    tensor = torch.empty(count, dtype=dtype)
+    tensor = torch.empty(count, dtype=dtype, device="cpu")
     start = filled = 0
     try:
         while start < len(text) and count:
             end = text.find(b",", start + _PIECE_BYTES)
             end = len(text) if end < 0 else end
             values = decoder.decode(b"[%b]" % text[start:end])
-            tensor[filled : filled + len(values)] = torch.tensor(values, dtype=dtype)
+            tensor[filled : filled + len(values)] = torch.tensor(values, dtype=dtype, device="cpu")
             start, filled = end + 1, filled + len(values)
     except (msgspec.DecodeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise DecodeError(f"input {header.name!r}: data cannot be {header.datatype}: {error}") from error

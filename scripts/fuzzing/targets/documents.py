@@ -9,8 +9,8 @@ import torch
 
 from fuzzing.target import KIB, MIB, Target
 from p2pmoe.cli.survey import format_schema
+from p2pmoe.client.arguments import check_arguments
 from p2pmoe.client.directory import ExpertInfo
-from p2pmoe.client.remote_expert import check_arguments
 from p2pmoe.errors import DecodeError, SchemaError
 from p2pmoe.protocol.messages import MAX_DOCUMENT_MEMORY_BYTES, decode_document
 from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_pack

@@ -170,7 +170,7 @@ def test_further_arguments_are_split_like_the_first() -> None:
             self.scale = nn.Parameter(torch.ones(1))
 
         def forward(self, x: torch.Tensor, mask: torch.Tensor, *, shift: torch.Tensor) -> Any:
-            return {"y": (x * mask + shift.unsqueeze(1)) * self.scale, "kept": mask}
+            return {"y": (x * mask + shift.unsqueeze(1)) * self.scale, "kept": mask.float()}
 
     schema = {"args_schema": (P(D), P(D, dtype=torch.uint8)), "kwargs_schema": {"shift": P()}}
     with open_world({"alice": [make_backend(f"ffn.0.{i}", Masked(), **schema) for i in range(2)]}) as world:
@@ -183,8 +183,9 @@ def test_further_arguments_are_split_like_the_first() -> None:
         torch.testing.assert_close(x.grad, mask.float(), rtol=1e-5, atol=1e-5)
         with pytest.raises(SchemaError):
             moe(x, mask)
-        with pytest.raises(SchemaError):
-            moe(x, mask[:1], shift=shift)
+        for wrong in (mask[:1], mask.transpose(0, 1).contiguous(), None, 1.0):
+            with pytest.raises(SchemaError, match="every argument must"):
+                moe(x, wrong, shift=shift)
 
 
 @pytest.mark.parametrize("shape", [(0, D), (2, 0, D), (0, 3, D)])
