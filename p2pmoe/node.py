@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from p2pmoe import __version__
+from p2pmoe import __version__, forks
 from p2pmoe.config import HttpConfig, NodeConfig
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.dht.observations import reachable_host
@@ -81,6 +81,8 @@ class Node:
         self._http: HttpServer | None = None
         self.directory: ExpertDirectory | None = None
         self.handlers: ExpertHandlers | None = None
+        self._begun = self._is_parents = False
+        forks.tell(self)
         self.stage = "settings"
         """What `start` is doing, or was doing when it failed."""
 
@@ -110,10 +112,18 @@ class Node:
         """The node's DHT node."""
         return _started(self._dht)
 
+    @property
+    def is_parents(self) -> bool:
+        """Whether it was started by the process that this one was forked from: then nothing can be done with it."""
+        return self._is_parents
+
     # -- life
 
     async def start(self) -> None:
         """Start everything; on an error nothing stays behind."""
+        if self._is_parents:
+            raise forks.forked("started the node", "make a new Node there")
+        self._begun = True
         async with contextlib.AsyncExitStack() as parts:
             await self._start(parts)
             self._parts = parts.pop_all()
@@ -121,6 +131,8 @@ class Node:
 
     async def close(self, *, drain: bool = True) -> None:
         """Withdraw the experts, let running calls end for at most `http.drain_timeout_s`, stop. Safe to call twice."""
+        if self._is_parents:
+            return
         parts, self._parts = self._parts, contextlib.AsyncExitStack()
         if self.handlers is not None:
             self.handlers.drain()
@@ -138,6 +150,10 @@ class Node:
         await self.close()
 
     # -- private
+
+    def became_a_child(self) -> None:
+        """See `forks`: the node's threads and connections stayed in the parent."""
+        self._is_parents = self._begun
 
     async def _start(self, parts: contextlib.AsyncExitStack) -> None:
         config = self.config
@@ -256,7 +272,7 @@ def background_node(
 ) -> Iterator[Node]:
     """A node in a thread of its own, for tests and notebooks. Raises what `Node.start` raises."""
     node = Node(config, backends)
-    loop = asyncio.new_event_loop()
+    loop = forks.new_loop()
     thread = threading.Thread(target=run_loop, args=(loop,), name="p2pmoe-node", daemon=True)
     thread.start()
 
@@ -268,12 +284,18 @@ def background_node(
         try:
             yield node
         finally:
-            run(node.close())
+            if not node.is_parents:
+                run(node.close())
     finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(timeout=5.0)
-        if not thread.is_alive():
-            loop.close()
+        if not node.is_parents:
+            _end_loop(loop, thread)
+
+
+def _end_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(timeout=5.0)
+    if not thread.is_alive():
+        loop.close()
 
 
 def _started(part: T | None) -> T:

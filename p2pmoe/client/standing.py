@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from p2pmoe import forks
 from p2pmoe.experts.directory import Provider
 from p2pmoe.types import PeerId
 
@@ -71,11 +72,16 @@ class Standing:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._lock = threading.Lock()
+        forks.tell(self)
         self._entries: dict[PeerId, _Entry] = {}
 
     def __repr__(self) -> str:
         shunned = sum(each.verdict == "shunned" for each in self.snapshot())
         return f"<Standing: evidence against {len(self._entries)} peers, {shunned} shunned>"
+
+    def became_a_child(self) -> None:
+        """See `forks`: another thread may have held the lock."""
+        self._lock = threading.Lock()
 
     # -- asking
 

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
+from p2pmoe import forks
 from p2pmoe.client.calls import CallGroup
 from p2pmoe.client.directory import Directory, ExpertInfo
 from p2pmoe.client.exchange import Dispatcher
@@ -106,6 +107,8 @@ class Swarm:
         self._dispatcher: Dispatcher | None = None
         self._infos: dict[str, ExpertInfo] = {}
         self._starting = threading.Lock()
+        self._begun = self._is_parents = False
+        forks.tell(self)
 
     def __repr__(self) -> str:
         return f"<Swarm: {self._dispatcher or 'not started'}>"
@@ -129,12 +132,15 @@ class Swarm:
 
     def start(self) -> None:
         """Start the loop thread and join the DHT; called by `with`. Safe to call twice."""
+        if self._is_parents:
+            raise self._closed_error()
+        self._begun = True
         with self._starting:
             if self._loop is not None:
                 return
             if self._dht is not None:
                 self._dht.start()
-            self._loop = asyncio.new_event_loop()
+            self._loop = forks.new_loop()
             self._thread = threading.Thread(target=run_loop, args=(self._loop,), name="p2pmoe-swarm", daemon=True)
             self._thread.start()
             self._transport = self._transport or HttpTransport(identity=self.identity, swarm_key=self._swarm_key)
@@ -144,7 +150,7 @@ class Swarm:
                 self.verifier = Verifier(self._verify_options, self.trust, find, ask, self._loop)
 
     def close(self) -> None:
-        """End running calls, leave the DHT, stop the thread. Safe to call twice."""
+        """End running calls, leave the DHT, stop the thread. Safe to call twice, and in a forked child."""
         with self._starting:
             loop, self._loop = self._loop, None
             if loop is None or self._thread is None:
@@ -240,14 +246,14 @@ class Swarm:
     def dispatcher(self) -> Dispatcher:
         """Raises ClosedError before `start` and after `close`."""
         if self._dispatcher is None or self._loop is None:
-            raise ClosedError("the swarm is not open; use it as `with p2pmoe.Swarm(...) as swarm:`")
+            raise self._closed_error()
         return self._dispatcher
 
     @property
     def transport(self) -> Transport:
         """Raises ClosedError before `start`."""
-        if self._transport is None:
-            raise ClosedError("the swarm is not open; use it as `with p2pmoe.Swarm(...) as swarm:`")
+        if self._transport is None or self._is_parents:
+            raise self._closed_error()
         return self._transport
 
     def call(self, group: CallGroup, timeout_s: float) -> None:
@@ -284,11 +290,23 @@ class Swarm:
         loop = self._loop
         if loop is None:
             coroutine.close()
-            raise ClosedError("the swarm is not open; use it as `with p2pmoe.Swarm(...) as swarm:`")
+            raise self._closed_error()
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise ClosedError("a blocking call from the swarm's own loop would never end; await the async form")
         return asyncio.run_coroutine_threadsafe(_bounded(coroutine, timeout_s or self.timeout_s), loop)
+
+    def _closed_error(self) -> ClosedError:
+        if self._is_parents:
+            return forks.forked("opened the swarm", "make a new Swarm in the worker")
+        return ClosedError("the swarm is not open; use it as `with p2pmoe.Swarm(...) as swarm:`")
+
+    def became_a_child(self) -> None:
+        """See `forks`: the loop's thread and the connections stayed in the parent."""
+        self._starting = threading.Lock()
+        self._is_parents = self._begun
+        if self._is_parents:
+            self._loop = self._thread = self._dispatcher = self.verifier = None
 
     def _note_broken_reply(self, peer_id: PeerId, error: DecodeError) -> None:
         self.trust.note_lie(peer_id, "broken_reply", str(error))

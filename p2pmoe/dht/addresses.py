@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from p2pmoe.config import parse_host_port
 from p2pmoe.errors import AddressInUseError, ConfigError
+from p2pmoe.forks import shared
 from p2pmoe.protocol.datagrams import Address, scope_of
 from p2pmoe.types import format_host_port
 
@@ -36,7 +37,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         raise _bind_error(error, where) from error
-    return sock
+    return shared(sock)
 
 
 def _bind_error(error: OSError, where: str) -> AddressInUseError | ConfigError:

@@ -10,6 +10,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from typing import Any, TypeVar
 
+from p2pmoe import forks
 from p2pmoe.errors import ClosedError, UnexpectedError
 from p2pmoe.faults import unexpected
 
@@ -32,6 +33,13 @@ class LoopThread:
         self._closed = False
         self._fault: UnexpectedError | None = None
         """Why it ended by itself."""
+        self._is_parents = False
+        forks.tell(self)
+
+    @property
+    def is_parents(self) -> bool:
+        """Whether it was started by the process that this one was forked from."""
+        return self._is_parents
 
     @property
     def is_running(self) -> bool:
@@ -44,6 +52,8 @@ class LoopThread:
 
         Raises whatever `main` raised before it was ready; TimeoutError when it takes longer than `timeout_s`.
         """
+        if self._is_parents:
+            raise self._closed_error("")
         ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(main, ready), name=self.name, daemon=True)
         self._thread.start()
@@ -103,7 +113,7 @@ class LoopThread:
     ) -> None:
         try:
             # The selector loop on every system: it lets the socket be drained, and Windows' other loop does not.
-            with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            with asyncio.Runner(loop_factory=forks.new_selector_loop) as runner:
                 runner.run(self._main(main, ready))
         except BaseException as error:  # noqa: BLE001 - it is raised again where somebody waits for it
             if not ready.done():
@@ -125,7 +135,17 @@ class LoopThread:
                 return
         await main(lambda: ready.set_result(None), self._stopping)
 
+    def became_a_child(self) -> None:
+        """See `forks`: the thread stayed in the parent."""
+        self._lock = threading.Lock()
+        if self._thread is not None:
+            self._is_parents = self._closed = True
+            self.loop = self._thread = self._stopping = None
+            self._calls = set()
+
     def _closed_error(self, how: str) -> ClosedError:
+        if self._is_parents:
+            return forks.forked(f"started {self.name}", "make a new one in the worker")
         if self._fault is not None:
             return ClosedError(f"{self.name} has ended by itself, make it anew: {self._fault}")
         return ClosedError(f"{self.name} {how}")

@@ -26,6 +26,7 @@ from p2pmoe.dht.stats import DHTStats, take_stats
 from p2pmoe.dht.validation import MAX_SEQUENCE_AHEAD_S
 from p2pmoe.errors import BootstrapError, ConfigError
 from p2pmoe.faults import watch
+from p2pmoe.forks import forked
 from p2pmoe.identity import Identity, SwarmKey
 from p2pmoe.protocol.datagrams import Address
 from p2pmoe.protocol.records import Record
@@ -101,6 +102,8 @@ class DHTNode:
             DelegationError: the file at `delegation_path` holds no delegation for us.
             BootstrapError: no initial peer answered.
         """
+        if self._thread.is_parents:
+            raise forked("started the DHT node", "make a new one there")
         if self._started:
             raise RuntimeError("a DHTNode is started once; make a new one")
         self._started = True

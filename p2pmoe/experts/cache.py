@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from p2pmoe import forks
 from p2pmoe.experts.children import NO_CHILDREN, Children, first_expiry, without_peers
 from p2pmoe.types import PeerId
 
@@ -35,10 +36,15 @@ class ChildrenCache:
         self._max_age_s = max_age_s
         self._negative_s = negative_s
         self._lock = threading.Lock()
+        forks.tell(self)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._unreachable: dict[PeerId, float] = {}
         self._first_return = float("inf")
         self._version = 0
+
+    def became_a_child(self) -> None:
+        """See `forks`: another thread may have held the lock."""
+        self._lock = threading.Lock()
 
     def get(self, prefix: str) -> Children | None:
         """What is known and fresh, or None. A dictionary look-up when nothing has changed."""

@@ -15,6 +15,8 @@ import time
 from collections import deque
 from typing import Final
 
+from p2pmoe import forks
+
 RELAY_PATIENCE_S: Final = 0.002
 
 _TIMEVAL: Final = struct.Struct("@ll") if sys.platform in ("linux", "darwin") else None
@@ -25,7 +27,7 @@ class Doorbell:
     """`ring` from any thread, `wait` in one. Rings that nobody waits for add up to one."""
 
     def __init__(self) -> None:
-        self._waiting_end, self._ringing_end = socket.socketpair()
+        self._waiting_end, self._ringing_end = (forks.shared(end) for end in socket.socketpair())
         self._ringing_end.setblocking(False)
         self._waiting_end.setblocking(True)
         self._timeout_s = 0.0  # of the waiting end; setting it costs a system call
@@ -110,6 +112,15 @@ class Relay:
 
 
 _of_thread = threading.local()
+
+
+def _forget_bells() -> None:
+    """In a forked child: the bell of the thread that forked rings in the parent."""
+    global _of_thread  # noqa: PLW0603
+    _of_thread = threading.local()
+
+
+forks.tell_module(_forget_bells)
 
 
 def thread_doorbell() -> Doorbell:

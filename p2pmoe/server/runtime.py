@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from p2pmoe import forks
 from p2pmoe.errors import CallError, DrainingError, ExpertFailedError, NonFiniteResultError
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.doorbell import Doorbell
@@ -57,6 +58,7 @@ class Runtime:
         self._thread: threading.Thread | None = None
         for pool in pools:
             self.add(pool)
+        forks.tell(self)
 
     def __repr__(self) -> str:
         return (
@@ -110,6 +112,13 @@ class Runtime:
         if not self._rung:
             self._rung = True
             self._bell.ring()
+
+    def became_a_child(self) -> None:
+        """See `forks`: the device thread stayed in the parent, and nobody would compute."""
+        if self._thread is not None:
+            self._thread, self._closing = None, True
+            for pool in self._pools:
+                pool.runtime = _OfTheParent()
 
     # -- the device thread
 
@@ -283,6 +292,17 @@ class Runtime:
             self._on_batch(batch, seconds, succeeded)
         except Exception:
             logger.exception("%s: the observer of batches failed", batch.pool.uid)
+
+
+class _OfTheParent:
+    """The device of a pool that a forked child inherited."""
+
+    def queued(self, pool: TaskPool) -> None:
+        """Raises ForkedError."""
+        raise forks.forked("started the device of this expert", "make experts and a Node there")
+
+    def wake(self) -> None:
+        """Nobody is there."""
 
 
 def _results(batch: Batch, outputs: Flat, gate: BatchGate | None) -> list[Flat | CallError]:

@@ -24,6 +24,7 @@ from aiohttp import hdrs
 from yarl import URL
 
 from p2pmoe.errors import PeerUnreachableError
+from p2pmoe.forks import shared
 from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import MAX_DOCUMENT_BYTES, ResponseHeader, response_decoder
 from p2pmoe.rpc.deadline import Deadline
@@ -191,7 +192,7 @@ class BlockingPosts:
         except BaseException:
             sock.close()
             raise
-        link = Link(sock)
+        link = Link(shared(sock))
         self._busy.add(link)
         if self._closed:
             self._drop(link)

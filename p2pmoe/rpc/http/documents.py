@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Mapping
 from types import TracebackType
@@ -13,6 +14,7 @@ from aiohttp import hdrs
 from yarl import URL
 
 from p2pmoe.errors import CallError, DecodeError, PeerIdentityError, PeerUnreachableError, call_error
+from p2pmoe.forks import shared
 from p2pmoe.protocol.messages import MAX_DOCUMENT_BYTES, decode_document
 from p2pmoe.rpc.http.tls import CertificateRefused, Pins
 from p2pmoe.types import WIRE_VERSION, Endpoint
@@ -41,7 +43,7 @@ class Response(Protocol):
 def open_session(timeout: aiohttp.ClientTimeout, **options: Any) -> aiohttp.ClientSession:
     """A session that keeps connections per peer and accepts nothing it did not ask for."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0, socket_factory=_make_socket),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=timeout,
         auto_decompress=False,  # a compressed answer is never asked for, and could be a bomb
@@ -49,6 +51,12 @@ def open_session(timeout: aiohttp.ClientTimeout, **options: Any) -> aiohttp.Clie
         headers={WIRE_VERSION_HEADER: str(WIRE_VERSION)},
         **options,
     )
+
+
+def _make_socket(address: tuple[Any, ...]) -> socket.socket:
+    """Of aiohttp's connections, listed so that a forked child leaves them alone."""
+    family, kind, protocol = address[:3]
+    return shared(socket.socket(family, kind, protocol))
 
 
 async def fetch_json(session: aiohttp.ClientSession, pins: Pins, endpoint: Endpoint, path: str) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from p2pmoe.errors import OverloadedError
 from p2pmoe.faults import attempt, own
+from p2pmoe.forks import shared
 from p2pmoe.rpc.http.admission import Admission, Ticket
 
 BACKLOG: Final = 128
@@ -109,6 +110,7 @@ class Listener:
         while True:
             try:
                 connection, address = await loop.sock_accept(listening)
+                shared(connection)
             except OSError as error:
                 if self._closing:
                     return
@@ -163,4 +165,4 @@ def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:
     except BaseException:
         listening.close()
         raise
-    return listening
+    return shared(listening)
