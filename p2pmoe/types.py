@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NewType
+from typing import Final, Literal, NamedTuple, NewType
 
 PeerId = NewType("PeerId", str)
 """The name of a peer: 32 lower-case base32 characters of the 20-byte node id made from its public key."""
@@ -13,6 +13,21 @@ PeerId = NewType("PeerId", str)
 _PEER_ID_CHARS = 32
 
 Pass = Literal["forward", "backward"]
+Mode = Literal["train", "eval"]
+MODES: Final = ("train", "eval")
+SEED_BITS: Final = 64
+
+
+class Manner(NamedTuple):
+    """How a call wants its expert computed; the same in the backward call as in its forward call.
+
+    `mode` "train" is the module as its owner has set it up, "eval" all of it in `eval()`. `seed`, an integer of 64
+    bits, decides what the expert draws.
+    """
+
+    mode: Mode = "train"
+    seed: int | None = None
+
 
 WIRE_VERSION = 1
 

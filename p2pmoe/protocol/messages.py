@@ -63,6 +63,10 @@ class RequestParameters(msgspec.Struct, omit_defaults=True, frozen=True, rename=
     """How long the caller will wait, counted from the call's arrival: expired work never reaches the device."""
     wire_version: int | None = None
     binary_data_output: bool | None = None
+    mode: ShortText | None = None
+    """"train" or "eval"; see `Manner`. Left out it is "eval", in both passes: they are of the same function."""
+    seed: int | None = None
+    """What the expert draws with, 0 ≤ seed < 2^64; a backward call repeats that of its forward call."""
 
 
 _FORWARD = RequestParameters()

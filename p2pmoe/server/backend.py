@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,13 +16,14 @@ from torch import nn
 from p2pmoe.errors import NonFiniteResultError, SchemaError
 from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_packer
 from p2pmoe.protocol.schema import BatchTensorProto, format_schema, schema_digest
-from p2pmoe.server.task_pool import TaskPool
+from p2pmoe.server.buffers import KeptBuffers
+from p2pmoe.server.module_state import evaluating, seeded
+from p2pmoe.server.task_pool import TaskPool, manner_now
+from p2pmoe.server.trial import DUMMY_BATCH_SIZE, examine
 
-DUMMY_BATCH_SIZE = 3
-"""Rows of the dummy run that finds `outputs_schema`."""
+__all__ = ["DUMMY_BATCH_SIZE", "ExpertBackend"]
 
 Flat = tuple[torch.Tensor, ...]
-T = TypeVar("T")
 
 
 class ExpertBackend(nn.Module):
@@ -36,11 +36,16 @@ class ExpertBackend(nn.Module):
         opt: its optimizer; stepped once a backward batch.
         args_schema: nested BatchTensorProto of the positional arguments.
         kwargs_schema: the same of the keyword arguments.
-        outputs_schema: the same of the outputs; found by a dummy run of `DUMMY_BATCH_SIZE` rows when left out.
+        outputs_schema: the same of the outputs; found by dummy runs (`trial.py`) when left out, checked by them when
+            given. Floating outputs may be stated in another floating dtype, and are cast to it.
         pool_options: batching options of both pools, see `TaskPool`.
 
     Raises:
-        SchemaError: there is no argument at all, a schema is malformed, or the dummy run does not fit it.
+        SchemaError: there is no argument at all, a schema is malformed, or the expert does not fit it or cannot be
+            served as it is; `trial.py` lists why.
+
+    A call's `Manner` (mode and seed) is that of the batch which its pool is computing. Called directly, `forward` and
+    `backward` run the module as its owner has set it up, and draw from torch's generators as they are.
     """
 
     def __init__(
@@ -63,10 +68,17 @@ class ExpertBackend(nn.Module):
         if not nested_flatten(self.forward_schema):
             raise SchemaError(f"{name}: at least one positional or keyword argument is needed in args_schema")
         _check_leaves(name, self.forward_schema)
-        if outputs_schema is None:
-            outputs_schema = _in_short_thread(self._find_outputs_schema)
-        self.outputs_schema = outputs_schema
-        _check_leaves(name, outputs_schema)
+        if outputs_schema is not None:
+            _check_leaves(name, outputs_schema)
+        self.findings = examine(name, expert, self.forward_schema, self.device, outputs_schema)
+        """What dummy runs showed of the expert."""
+        self.outputs_schema = outputs_schema = self.findings.outputs_schema
+        protos = nested_flatten(outputs_schema)
+        self._output_shapes = tuple(proto.shape for proto in protos)
+        self._sent_dtypes = tuple(proto.dtype for proto in protos)
+        self._casts_outputs = self._sent_dtypes != self.findings.dtypes
+        self._plain_output = isinstance(outputs_schema, BatchTensorProto)
+        self._modules_of_expert = list(expert.modules())
         self.backward_schema = (self.forward_schema, outputs_schema)
         self._pack_backward = nested_packer(self.backward_schema)
         self.grad_inputs_schema = self.forward_schema
@@ -74,9 +86,17 @@ class ExpertBackend(nn.Module):
         self.update_count = 0
         """Optimizer steps applied since the expert was made."""
         self._computing = threading.Lock()
-        self._works_in_place = False
+        self._works_in_place = self.findings.works_in_place
+        self.kept = KeptBuffers(expert, self.findings.rewritten)
+        """What passes write besides parameters; a batch that trains changes them, nothing else does."""
+        trained = {id(each) for group in opt.param_groups for each in group["params"]}
+        self._untrained = [each for each in expert.parameters() if id(each) not in trained]
+        if type(self).apply_gradients is not ExpertBackend.apply_gradients:
+            self._untrained.clear()  # it may train them by other means
         self.before_step: Callable[[Flat], None] | None = None
-        """Sees the inputs' gradients of a pass before its optimizer step; raises NonFiniteResultError to stop it."""
+        """Sees the inputs' gradients of a pass before its optimizer step; raises NonFiniteResultError to stop it.
+
+        Where it is set, a forward pass in which the buffers overflow is stopped too."""
         self.forward_pool = TaskPool(self.forward, uid=f"{name}/forward", **pool_options)
         self.backward_pool = TaskPool(self.backward, uid=f"{name}/backward", **pool_options)
 
@@ -90,34 +110,55 @@ class ExpertBackend(nn.Module):
         return next((parameter.device for parameter in self.expert.parameters()), torch.device("cpu"))
 
     def forward(self, *inputs: torch.Tensor) -> Flat:
-        """Outputs of a batch, without gradients.
+        """Outputs of a batch, without gradients. Buffers are as they were afterwards.
 
         Args:
             inputs: flat tensors in the order of `(args_schema, kwargs_schema)`, [rows, …] each.
 
         Returns:
             The flattened outputs, [rows, …] each.
+
+        Raises:
+            SchemaError: the expert gave something else than its schema says.
         """
-        args, kwargs = self._pack_forward(inputs)
-        with self._computing, torch.no_grad():
-            outputs = self.expert(*args, **kwargs)
-        return (outputs,) if isinstance(outputs, torch.Tensor) else nested_flatten(outputs)
+        args, kwargs = self._pack_forward(map(torch.clone, inputs) if self._works_in_place else inputs)
+        with self._computing, torch.no_grad(), self._conduct():
+            self.kept.keep()
+            try:
+                outputs = self._as_outputs(self.expert(*args, **kwargs), len(inputs[0]))
+                if self.before_step is not None and not self.kept.changes_are_finite():
+                    raise NonFiniteResultError("the expert's buffers overflowed")
+                return tuple(map(torch.clone, outputs)) if self.findings.shares_state else outputs
+            finally:
+                self.kept.put_back()
 
     def backward(self, *inputs: torch.Tensor) -> Flat:
         """Gradients with respect to the inputs; one optimizer step happens inside.
+
+        Buffers that forward writes are written once, when the batch trains and its step is taken.
 
         Args:
             inputs: `flatten((forward_schema, outputs_schema))`: the inputs, then a gradient for every output.
 
         Returns:
             A gradient for every input, in wire order; zeros for unused and for integer inputs.
+
+        Raises:
+            SchemaError: the expert gave something else than its schema says.
         """
         (args, kwargs), grad_outputs = self._pack_backward(inputs)
-        with self._computing, torch.enable_grad():
+        with self._computing, torch.enable_grad(), self._conduct():
             args, kwargs = nested_map(_as_leaf, (args, kwargs))
             earlier = self._set_gradients_aside()
+            self.kept.keep()
             try:
-                self._back_propagate(self._run_with_grad(args, kwargs), grad_outputs)
+                outputs = self._run_with_grad(args, kwargs)
+                written = self.kept.snapshot()
+                self._back_propagate(outputs, grad_outputs)
+                if manner_now().mode == "eval":
+                    self.kept.put_back()
+                else:
+                    self.kept.return_to(written)  # checkpointing inside the expert runs parts of it twice
                 gradients = tuple(
                     torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
                     for tensor in nested_flatten((args, kwargs))
@@ -129,10 +170,14 @@ class ExpertBackend(nn.Module):
                 self.apply_gradients()
             except BaseException as error:
                 self.opt.zero_grad(set_to_none=True)  # half a gradient must not leak into the next step
+                self.kept.put_back()
                 if isinstance(error, NonFiniteResultError):  # no step was taken
                     for parameter, gradient in earlier:
                         parameter.grad = gradient
                 raise
+            finally:
+                for parameter in self._untrained:
+                    parameter.grad = None
         return gradients
 
     def apply_gradients(self) -> None:
@@ -165,6 +210,17 @@ class ExpertBackend(nn.Module):
             parameter.grad = None
         return gathered
 
+    @contextlib.contextmanager
+    def _conduct(self) -> Iterator[None]:
+        """The module's mode and the random numbers that the call being computed asks for."""
+        mode, seed = manner_now()
+        with contextlib.ExitStack() as stack:
+            if mode == "eval":
+                stack.enter_context(evaluating(self._modules_of_expert))
+            if seed is not None and mode in self.findings.draws:
+                stack.enter_context(seeded(self.device, seed))
+            yield
+
     def _run_with_grad(self, args: Any, kwargs: Any) -> Any:
         """The outputs in the graph of the inputs; copies of the inputs where the expert works on them in place."""
         if not self._works_in_place:
@@ -173,72 +229,55 @@ class ExpertBackend(nn.Module):
             except RuntimeError as error:
                 if "in-place operation" not in str(error):
                     raise
-                self._works_in_place = True
+                self._works_in_place = True  # only sometimes, and not in the dummy runs
+                self.kept.put_back()
         args, kwargs = nested_map(torch.clone, (args, kwargs))
-        return self.expert(*args, **kwargs)
+        with self._conduct():
+            return self.expert(*args, **kwargs)
 
     def _back_propagate(self, outputs: Any, grad_outputs: Any) -> None:
-        if not nested_compare(outputs, grad_outputs):
-            raise SchemaError(f"{self.name}: the outputs do not have the structure of outputs_schema")
+        flat, gradients = nested_flatten(outputs), nested_flatten(grad_outputs)
+        self._check_outputs(outputs, flat, len(gradients[0]))
         pairs = [
             (output, gradient.to(device=output.device, dtype=output.dtype, non_blocking=True))
-            for output, gradient in zip(nested_flatten(outputs), nested_flatten(grad_outputs), strict=True)
+            for output, gradient in zip(flat, gradients, strict=True)
             if output.requires_grad
         ]
         if pairs:
             torch.autograd.backward([pair[0] for pair in pairs], grad_tensors=[pair[1] for pair in pairs])
 
-    def _find_outputs_schema(self) -> Any:
-        """One dummy run that leaves parameters, buffers, gradients, mode and RNG state as they were."""
-        device = self.device
-        cuda = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), torch.no_grad(), _kept_state(self.expert):
-            args, kwargs = nested_map(lambda proto: proto.make_zeros(DUMMY_BATCH_SIZE, device), self.forward_schema)
-            try:
-                outputs = self.expert(*args, **kwargs)
-            except Exception as error:
-                schema = format_schema(self.forward_schema)
-                raise SchemaError(
-                    f"{self.name}: the expert does not take its schema {schema}: {type(error).__name__}: {error}"
-                ) from error
-        return nested_map(self._output_schema, outputs)
+    def _as_outputs(self, outputs: Any, rows: int) -> Flat:
+        """Flat, as the schema says. Raises SchemaError."""
+        flat = (outputs,) if isinstance(outputs, torch.Tensor) else nested_flatten(outputs)
+        self._check_outputs(outputs, flat, rows)
+        return tuple(map(torch.Tensor.to, flat, self._sent_dtypes)) if self._casts_outputs else flat
 
-    def _output_schema(self, output: Any) -> BatchTensorProto:
-        if not isinstance(output, torch.Tensor) or output.ndim == 0 or len(output) != DUMMY_BATCH_SIZE:
-            shown = (
-                f"[{', '.join(map(str, output.shape))}]" if isinstance(output, torch.Tensor) else type(output).__name__
-            )
-            raise SchemaError(
-                f"{self.name}: every output must be a tensor with the batch dimension first; "
-                f"a run of {DUMMY_BATCH_SIZE} rows gave {shown}"
-            )
-        return BatchTensorProto.from_tensor(output)
+    def _check_outputs(self, outputs: Any, flat: tuple[Any, ...], rows: int) -> None:
+        for output, shape, dtype in zip(flat, self._output_shapes, self.findings.dtypes, strict=False):
+            if (
+                not isinstance(output, torch.Tensor)
+                or output.shape != (rows, *shape)
+                or output.dtype is not dtype
+                or output.layout is not torch.strided
+            ):
+                raise SchemaError(self._misfit(flat, rows))
+        if len(flat) != len(self._output_shapes) or not (
+            isinstance(outputs, torch.Tensor) if self._plain_output else nested_compare(outputs, self.outputs_schema)
+        ):
+            raise SchemaError(f"{self.name}: the outputs do not have the structure of outputs_schema")
 
-
-def _in_short_thread(function: Callable[[], T]) -> T:
-    """The result of a function that ran in a thread of its own.
-
-    Every thread that computes gets a team of OpenMP threads for as long as it lives, and with more teams than cores
-    the runtime stops spinning between parallel sections: batches on the device thread would take 1.6 times as long
-    (docs/adr/0002-threads.md). So the thread that makes experts must not keep a team.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="p2pmoe-dummy-run") as executor:
-        return executor.submit(function).result()
-
-
-@contextlib.contextmanager
-def _kept_state(expert: nn.Module) -> Iterator[None]:
-    """Puts every parameter and buffer back, a buffer also when forward has replaced or added it."""
-    kept = [(tensor, tensor.clone()) for tensor in (*expert.parameters(), *expert.buffers())]
-    buffers = [(module._buffers, dict(module._buffers)) for module in expert.modules()]  # noqa: SLF001
-    try:
-        yield
-    finally:
-        for now, before in buffers:
-            now.clear()
-            now.update(before)
-        for tensor, value in kept:
-            tensor.copy_(value)
+    def _misfit(self, flat: tuple[Any, ...], rows: int) -> str:
+        gave = ", ".join(
+            f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)}"
+            if isinstance(each, torch.Tensor)
+            else type(each).__name__
+            for each in flat
+        )
+        wanted = ", ".join(
+            f"{str(dtype).removeprefix('torch.')}{[rows, *shape]}"
+            for shape, dtype in zip(self._output_shapes, self.findings.dtypes, strict=True)
+        )
+        return f"{self.name}: the expert gave ({gave}) where its schema says ({wanted})"
 
 
 def _as_args(schema: Any) -> tuple[Any, ...]:

@@ -121,7 +121,7 @@ class PlainDevice:
         return Staged(batch, inputs if self._is_cpu else tuple(tensor.to(self._device) for tensor in inputs))
 
     def launch(self, staged: Staged) -> Launched:
-        outputs = staged.batch.pool.process_function(*staged.inputs)
+        outputs = staged.batch.compute(staged.inputs)
         check_rows(staged.batch, outputs)
         return Launched(staged.batch, outputs)
 
@@ -158,7 +158,7 @@ class CudaDevice:
             self._compute.wait_event(staged.ready)
             for tensor in staged.inputs:
                 tensor.record_stream(self._compute)
-            outputs = staged.batch.pool.process_function(*staged.inputs)
+            outputs = staged.batch.compute(staged.inputs)
             check_rows(staged.batch, outputs)
             computed = torch.cuda.Event()
             computed.record(self._compute)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterable
+from typing import Final, Generic, Protocol, TypeVar
 
+ANY_KEY: Final = object()
+"""Of the task whose turn it is."""
 _FORGET_AT = 64  # idle lines are swept out once there are so many more than busy ones
 
 
@@ -46,10 +48,19 @@ class _Line(Generic[T]):
         return self.tag < other.tag if self.tag != other.tag else self.turn < other.turn
 
 
-class FairQueue(Generic[T]):
-    """Lines by caller. Tasks of one caller keep their order."""
+def _no_key(_: object) -> Hashable:
+    return ANY_KEY
 
-    def __init__(self) -> None:
+
+class FairQueue(Generic[T]):
+    """Lines by caller. Tasks of one caller keep their order.
+
+    `key_of` says which tasks may be taken together: those of equal keys, and one whose key is None by itself. Without
+    it all may.
+    """
+
+    def __init__(self, key_of: Callable[[T], Hashable] | None = None) -> None:
+        self._key_of = key_of or _no_key
         self._lines: dict[str, _Line[T]] = {}
         self._busy: list[_Line[T]] = []  # a heap: the line that is next in front
         self._tag = 0  # of the line that was served last
@@ -77,33 +88,64 @@ class FairQueue(Generic[T]):
         self._count += 1
         self.rows += task.rows
 
-    def take(self, max_rows: int, now: float) -> tuple[list[T], int, list[T]]:
+    def take(self, max_rows: int, now: float, key: Hashable = ANY_KEY) -> tuple[list[T], int, list[T]]:
         """The next tasks, at least one and up to `max_rows` in fair order; their rows; the dead found on the way.
 
-        Stops at the first task that does not fit, so that a large one is never overtaken for ever.
+        All have the key of the first, or share with nobody (None). A line whose next task has another key is passed
+        over and is first the next time, for its tag has not grown. Stops at the first task that does not fit, so that
+        a large one is never overtaken for ever.
         """
         taken: list[T] = []
         dead: list[T] = []
+        passed: list[_Line[T]] = []
         rows = 0
-        while self._busy:
+        key_of = self._key_of
+        while self._busy and not (taken and key is None):
             line = self._busy[0]
             tasks = line.tasks
             alone = len(self._busy) == 1
+            is_other = is_full = False
             while tasks:
                 task = tasks[0]
                 if task.is_dead(now):
                     dead.append(tasks.popleft())
                     continue
-                if taken and rows + task.rows > max_rows:
-                    return self._took(taken, rows, dead)
+                its_key = key_of(task)
+                is_other = key is not ANY_KEY and its_key != key
+                is_full = not is_other and bool(taken) and rows + task.rows > max_rows
+                if is_other or is_full:
+                    break
+                key = its_key
                 taken.append(tasks.popleft())
                 rows += task.rows
                 self._tag = line.tag
                 line.tag += task.rows or 1
-                if not alone:
+                if not alone or key is None:
                     break
-            self._settle_first(line)
+            if is_full:
+                break
+            if is_other:
+                passed.append(heapq.heappop(self._busy))
+            else:
+                self._settle_first(line)
+        for line in passed:
+            heapq.heappush(self._busy, line)
+        self._forget_idle()
         return self._took(taken, rows, dead)
+
+    def groups(self) -> dict[Hashable, tuple[int, float]]:
+        """By key, of what `take` can reach: how many rows are in front of all lines, and when the oldest arrived."""
+        groups: dict[Hashable, tuple[int, float]] = {}
+        for line in self._busy:
+            first, rows = line.tasks[0], 0
+            key = self._key_of(first)
+            for task in line.tasks:
+                if self._key_of(task) != key:
+                    break
+                rows += task.rows
+            known, arrived = groups.get(key, (0, first.arrived))
+            groups[key] = known + rows, min(arrived, first.arrived)
+        return groups
 
     def drop_dead_heads(self, now: float) -> list[T]:
         """The dead in front of any line, taken out: what is in front of a line then is its oldest live task."""
@@ -175,7 +217,6 @@ class FairQueue(Generic[T]):
             heapq.heapreplace(self._busy, line)
         else:
             heapq.heappop(self._busy)
-            self._forget_idle()
 
     def _removed(self, dead: list[T]) -> None:
         self._count -= len(dead)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import BadRequestError, CallError, DrainingError, ExpertFailedError, UnknownExpertError
@@ -26,9 +27,12 @@ from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.replay import ReplayWindow
 from p2pmoe.server.runtime import Runtime
 from p2pmoe.server.task_pool import Batch, TaskPool
-from p2pmoe.types import LOCAL_CALLER, Caller
+from p2pmoe.server.trial import Findings
+from p2pmoe.types import LOCAL_CALLER, SEED_BITS, Caller, Manner, Mode
 
 _READY_TIMEOUT_S = 5.0
+_MODES: Final[dict[str | None, Mode]] = {"train": "train", "eval": "eval", None: "eval"}
+_PLAIN: Final[dict[Mode, Manner]] = {"train": Manner("train"), "eval": Manner("eval")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class _Pass:
     expected: tuple[tuple[str, tuple[int, ...]], ...]
     result_codecs: tuple[str, ...]
     row_bytes: int
+    findings: Findings
 
 
 class ExpertHandlers:
@@ -91,6 +96,7 @@ class ExpertHandlers:
             account = self._quota.count_call(caller.key)  # first: a call that fits no schema counts too
             plan = self._plan(header)
             _check_schema(plan, header)
+            _manner_of(plan, header)
             nbytes = header.inputs[0].shape[0] * plan.row_bytes
             self._quota.charge(account, nbytes, updates=header.parameters.direction == "backward")
         except CallError as error:
@@ -148,7 +154,7 @@ class ExpertHandlers:
         }
 
     async def ready(self) -> bool:
-        """Whether an expert computes: one real forward of one row, at most once a second."""
+        """Whether an expert computes: one real forward in eval mode, at most once a second. It leaves no trace."""
         checked_at, was_ready = self._last_ready
         if time.monotonic() - checked_at < 1.0:
             return was_ready
@@ -169,6 +175,8 @@ class ExpertHandlers:
 
     def observe_batch(self, batch: Batch, seconds: float, succeeded: bool) -> None:
         """Count a batch; called on the device thread."""
+        if batch.tasks and batch.tasks[0].is_probe:  # it had no neighbours
+            return
         stats = self._stats[batch.pool.uid]
         stats.outcomes["ok" if succeeded else "500"] += len(batch.tasks)
         if not succeeded:
@@ -186,12 +194,16 @@ class ExpertHandlers:
         plan = self._plan(header)
         timeout_ms = header.parameters.timeout_ms
         deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1e3
+        manner = _manner_of(plan, header)
+        alone = manner.mode in plan.findings.mixes_rows
         if header.parameters.direction == "forward" or not header.id:
-            return plan.pool.submit(frame.tensors, deadline=deadline, caller=caller.key).future
+            return plan.pool.submit(
+                frame.tensors, deadline=deadline, caller=caller.key, manner=manner, alone=alone
+            ).future
         repeated = self._replay.repeat(header.id, header.model_name)
         if repeated is not None:
             return repeated
-        task = plan.pool.submit(frame.tensors, deadline=deadline, caller=caller.key)
+        task = plan.pool.submit(frame.tensors, deadline=deadline, caller=caller.key, manner=manner, alone=alone)
         return self._replay.first(header.id, header.model_name, plan.pool, task)
 
     def _backend(self, uid: str) -> ExpertBackend:
@@ -216,10 +228,12 @@ class ExpertHandlers:
         if not self.backends:
             return True
         backend = next(iter(self.backends.values()))
-        rows = [proto.make_zeros(1) for proto in nested_flatten(backend.forward_schema)]
+        rows = tuple(proto.make_zeros(1) for proto in nested_flatten(backend.forward_schema))
         try:
             async with asyncio.timeout(_READY_TIMEOUT_S):
-                await backend.forward_pool.submit_task(*rows)
+                task = backend.forward_pool.submit(rows, manner=Manner("eval", seed=0), alone=True, is_probe=True)
+                self.flush()
+                await task.future
         except (TimeoutError, CallError, ExpertFailedError):
             return False
         return True
@@ -229,12 +243,14 @@ def _plan_passes(backend: ExpertBackend) -> dict[str, _Pass]:
     inputs, outputs = nested_flatten(backend.forward_schema), nested_flatten(backend.outputs_schema)
     forward, backward = backend.get_pools()
     return {
-        "forward": _make_pass(forward, backend.forward_schema, inputs, outputs),
-        "backward": _make_pass(backward, backend.backward_schema, inputs + outputs, inputs),
+        "forward": _make_pass(forward, backend.forward_schema, inputs, outputs, backend.findings),
+        "backward": _make_pass(backward, backend.backward_schema, inputs + outputs, inputs, backend.findings),
     }
 
 
-def _make_pass(pool: TaskPool, schema: Any, protos: tuple[Any, ...], results: tuple[Any, ...]) -> _Pass:
+def _make_pass(
+    pool: TaskPool, schema: Any, protos: tuple[Any, ...], results: tuple[Any, ...], findings: Findings
+) -> _Pass:
     return _Pass(
         pool=pool,
         schema=schema,
@@ -242,7 +258,32 @@ def _make_pass(pool: TaskPool, schema: Any, protos: tuple[Any, ...], results: tu
         expected=tuple((proto.datatype, proto.shape) for proto in protos),
         result_codecs=tuple(proto.codec for proto in results),
         row_bytes=sum(proto.dtype.itemsize * math.prod(proto.shape) for proto in protos),
+        findings=findings,
     )
+
+
+def _manner_of(plan: _Pass, header: RequestHeader) -> Manner:
+    """How a call is to be computed; a seed only where the expert draws, so that others share batches.
+
+    Raises BadRequestError.
+    """
+    parameters = header.parameters
+    mode = _MODES.get(parameters.mode)
+    if mode is None:
+        raise BadRequestError(f"parameters.mode must be 'train' or 'eval', got {parameters.mode!r:.40}")
+    seed = parameters.seed
+    if seed is not None and not 0 <= seed < 1 << SEED_BITS:
+        raise BadRequestError(f"parameters.seed must be an integer of {SEED_BITS} bits, 0 ≤ seed < 2^{SEED_BITS}")
+    if mode not in plan.findings.draws:
+        return _PLAIN[mode]
+    if seed is None:
+        if parameters.direction == "backward":
+            raise BadRequestError(
+                f"{plan.pool.uid} draws random numbers in {mode} mode (dropout and the like): send the parameters.seed "
+                "of the forward call with its backward call, else the gradient is that of another function"
+            )
+        seed = secrets.randbits(SEED_BITS)
+    return Manner(mode, seed)
 
 
 def _check_schema(plan: _Pass, header: RequestHeader) -> None:

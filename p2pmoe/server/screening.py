@@ -54,7 +54,7 @@ def guard_experts(backends: Iterable[ExpertBackend], config: GateConfig, metrics
             for pool in pools:
                 pool.gate = None
             continue
-        buffers = KeptBuffers(backend.expert)  # one for both passes: each writes what the other must not undo
+        buffers = backend.kept  # one for both passes: each writes what the other must not undo
         forward, backward = (
             PassGate(backend, buffers, config, metrics.stats(backend.name, each)) for each in ("forward", "backward")
         )

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
 from p2pmoe.errors import BadRequestError, CallError, ExpiredCallError, OverloadedError, SchemaError
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.prompt import PromptFuture
-from p2pmoe.server.fair_queue import FairQueue
-from p2pmoe.types import LOCAL_CALLER
+from p2pmoe.server.fair_queue import ANY_KEY, FairQueue
+from p2pmoe.types import LOCAL_CALLER, Manner
 
+PLAIN_MANNER: Final = Manner()
+_manner: ContextVar[Manner] = ContextVar("manner", default=PLAIN_MANNER)
 ProcessFunction = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -36,6 +40,11 @@ class Task:
     deadline: float | None
     caller: str = LOCAL_CALLER.key
     """Whose fair share it is taken from."""
+    manner: Manner = PLAIN_MANNER
+    key: Hashable = PLAIN_MANNER
+    """Only tasks of equal keys share a batch; None shares with nobody."""
+    is_probe: bool = False
+    """It asks whether the expert works: nothing is counted for it."""
     taken: bool = False
     halvings: int = 0
     """How often its gradients were halved before they were batched; its results are doubled as often."""
@@ -53,6 +62,24 @@ class Batch:
     tasks: list[Task]
     rows: int
     taken_at: float
+
+    @property
+    def manner(self) -> Manner:
+        """How its calls want to be computed, all alike."""
+        return self.tasks[0].manner
+
+    def compute(self, inputs: Flat) -> Flat:
+        """The pool's function of merged inputs, which finds the batch's manner with `manner_now`."""
+        before = _manner.set(self.manner)
+        try:
+            return self.pool.process_function(*inputs)
+        finally:
+            _manner.reset(before)
+
+
+def manner_now() -> Manner:
+    """How the batch that this thread computes is to be computed."""
+    return _manner.get()
 
 
 class Waker(Protocol):
@@ -128,7 +155,7 @@ class TaskPool:
         """Told of queued tasks; set by the runtime that takes this pool's batches."""
         self.gate: BatchGate | None = None
         self._clock = clock
-        self._queue: FairQueue[Task] = FairQueue()
+        self._queue: FairQueue[Task] = FairQueue(_key_of)
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -138,19 +165,20 @@ class TaskPool:
         return len(self._queue)
 
     def submit_task(
-        self, *tensors: torch.Tensor, deadline: float | None = None
+        self, *tensors: torch.Tensor, deadline: float | None = None, manner: Manner = PLAIN_MANNER
     ) -> asyncio.Future[tuple[torch.Tensor, ...]]:
         """Queue one call and wake the device; the future gives the flat results.
 
         Args:
             tensors: flat, each [rows, …] with the same number of rows.
             deadline: on the pool's clock; the task is dropped when it has not reached the device by then.
+            manner: how to compute it; tasks of different manners do not share a batch.
 
         Raises:
             OverloadedError: `max_queue_size` tasks are waiting.
             BadRequestError: there are no tensors, or they differ in rows.
         """
-        future = self.submit(tensors, deadline=deadline).future
+        future = self.submit(tensors, deadline=deadline, manner=manner).future
         if self.runtime is not None:
             self.runtime.wake()
         return future
@@ -161,15 +189,22 @@ class TaskPool:
         *,
         deadline: float | None = None,
         caller: str = LOCAL_CALLER.key,
+        manner: Manner = PLAIN_MANNER,
+        alone: bool = False,
+        is_probe: bool = False,
     ) -> Task:
-        """`submit_task` without waking the device: several calls that arrive together share a batch."""
+        """`submit_task` without waking the device: several calls that arrive together share a batch.
+
+        Not one that is `alone`, as one with a seed always is: what it draws would depend on its neighbours' rows.
+        """
         if not tensors or any(tensor.ndim == 0 for tensor in tensors):
             raise BadRequestError("a call needs tensors with the batch dimension in front")
         rows = tensors[0].shape[0]
         if any(tensor.shape[0] != rows for tensor in tensors):
             raise BadRequestError(f"the tensors of a call differ in rows: {[len(tensor) for tensor in tensors]}")
         future: PromptFuture[Flat] = PromptFuture(loop=asyncio.get_running_loop())
-        task = Task(tensors, rows, future, self._clock(), deadline, caller)
+        key = None if alone or manner.seed is not None else manner
+        task = Task(tensors, rows, future, self._clock(), deadline, caller, manner, key, is_probe)
         with self._lock:
             if len(self._queue) >= self.max_queue_size:
                 self._make_room(task)
@@ -193,10 +228,13 @@ class TaskPool:
         oldest = self.oldest()
         if oldest is None:
             return None
-        if self._queue.rows >= self.min_batch_size:
+        if self.min_batch_size <= 1:
             return oldest
-        ready = oldest + self.max_queue_delay_s if self.max_queue_delay_s > 0 else float("inf")
         with self._lock:
+            groups = self._queue.groups()
+            if any(self._is_full(key, rows) for key, (rows, _) in groups.items()):
+                return oldest
+            ready = oldest + self.max_queue_delay_s if self.max_queue_delay_s > 0 else float("inf")
             # A task that expires while the pool waits for rows must be told so then.
             return min([ready, *(task.deadline for task in self._queue.tasks() if task.deadline is not None)])
 
@@ -204,7 +242,7 @@ class TaskPool:
         """The next batch: live tasks up to `max_batch_size` rows, fair to the callers; None when nothing waits."""
         now = self._clock()
         with self._lock:
-            batch, rows, dead = self._queue.take(self.max_batch_size, now)
+            batch, rows, dead = self._queue.take(self.max_batch_size, now, self._first_key(now))
             for task in batch:
                 task.taken = True
             if dead:
@@ -227,10 +265,29 @@ class TaskPool:
     def drain(self) -> list[Task]:
         """Everything that still waits, taken out."""
         with self._lock:
-            tasks, self._queue = self._queue.tasks(), FairQueue()
+            tasks, self._queue = self._queue.tasks(), FairQueue(_key_of)
         return tasks
 
     # -- private, with the lock held
+
+    def _is_full(self, key: Hashable, rows: int) -> bool:
+        """Whether tasks of this key need not wait for more rows; those that share with nobody never do."""
+        return key is None or rows >= self.min_batch_size
+
+    def _first_key(self, now: float) -> Hashable:
+        """Whose turn it is where some keys wait for more rows and others need not; ANY_KEY leaves it to fairness."""
+        if self.min_batch_size <= 1:
+            return ANY_KEY
+        groups = self._queue.groups()
+        if len(groups) < 2:
+            return ANY_KEY
+        late = now - self.max_queue_delay_s if self.max_queue_delay_s > 0 else -math.inf
+        ready = [
+            (arrived, index, key)
+            for index, (key, (rows, arrived)) in enumerate(groups.items())
+            if self._is_full(key, rows) or arrived <= late
+        ]
+        return min(ready)[2] if ready else ANY_KEY
 
     def _make_room(self, task: Task) -> None:
         """Raises OverloadedError when it is this task's caller who has most in the full queue."""
@@ -247,6 +304,10 @@ class TaskPool:
     def _discard(self, dead: Iterable[Task]) -> None:
         for task in dead:
             _fail_soon(task, ExpiredCallError(f"{self.uid}: the call's deadline passed while it was queued"))
+
+
+def _key_of(task: Task) -> Hashable:
+    return task.key
 
 
 def _fail_soon(task: Task, error: CallError) -> None:

@@ -40,11 +40,12 @@ def backend_of(function: Callable[..., Any], **options: Any) -> ExpertBackend:
 # ------------------------------------------------------------------------------------------------- schemas
 
 
-def test_the_dummy_batch_has_three_rows() -> None:
+def test_the_dummy_batch_has_three_rows_and_another_five() -> None:
     assert DUMMY_BATCH_SIZE == 3
     seen = []
-    backend_of(lambda w, x: (seen.append(x.shape), x * w)[1])
-    assert seen == [(3, 4)]
+    backend_of(lambda w, x: (seen.append(tuple(x.shape)), x * w)[1])
+    assert seen[0] == (3, 4)
+    assert set(seen) == {(3, 4), (5, 4)}
 
 
 @pytest.mark.parametrize("options", [{"args_schema": ()}, {"args_schema": None}, {"kwargs_schema": {}}])
@@ -72,11 +73,16 @@ def test_the_outputs_schema_is_found() -> None:
     assert backend.forward_schema == ((P(4),), {"mask": P(2, dtype=torch.bool)})
 
 
-def test_a_given_outputs_schema_is_taken_and_nothing_is_run() -> None:
-    calls: list[int] = []
-    backend = backend_of(lambda w, x: calls.append(1), args_schema=(P(4),), outputs_schema=(P(7),))
-    assert backend.outputs_schema == (P(7),)
-    assert not calls
+def test_a_given_outputs_schema_is_taken() -> None:
+    given = (P(4, codec="fp16"), P(dtype=torch.int64))
+    backend = backend_of(lambda w, x: [x * w, x.argmax(1)], args_schema=(P(4),), outputs_schema=given)
+    assert backend.outputs_schema is given
+
+
+@pytest.mark.parametrize("given", [P(7), (P(4),), P(4, dtype=torch.int64), P(4, 1), P(), [P(4), P(4)]])
+def test_a_given_outputs_schema_that_does_not_fit_is_refused(given: Any) -> None:
+    with pytest.raises(SchemaError, match=r"ffn\.0: outputs_schema says .*, a dummy run gave \(FP32\[batch, 4\]\)"):
+        backend_of(lambda w, x: x * w, args_schema=(P(4),), outputs_schema=given)
 
 
 def test_a_single_proto_may_stand_for_a_tuple() -> None:
