@@ -27,7 +27,7 @@ from p2pmoe.protocol.schema import BatchTensorProto, format_tensor
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.doorbell import Doorbell, thread_doorbell
 from p2pmoe.rpc.home_core import HomeCore
-from p2pmoe.types import Endpoint, Pass, PeerId
+from p2pmoe.types import Endpoint, Manner, Pass, PeerId
 
 
 @dataclass(slots=True, eq=False)
@@ -78,10 +78,11 @@ def make_call(
     timeout_s: float,
     call_id: str | None = None,
     peer_id: PeerId | None = None,
+    manner: Manner | None = None,
 ) -> Call:
     """Encode one call; `tensors` in wire order with the schemas `protos`, `expected` those of the result.
 
-    `peer_id` is whom to blame for what the endpoint answers.
+    `peer_id` is whom to blame for what the endpoint answers. Without a `manner` the call is computed in eval mode.
     """
     headers, memories = describe_tensors(tensors, [proto.codec for proto in protos])
     call_id = call_id or new_call_id()
@@ -89,7 +90,9 @@ def make_call(
         id=call_id,
         model_name=uid,
         inputs=headers,
-        parameters=RequestParameters(direction=direction, timeout_ms=timeout_s * 1e3),
+        parameters=RequestParameters(
+            direction=direction, timeout_ms=timeout_s * 1e3, mode=manner and manner.mode, seed=manner and manner.seed
+        ),
     )
     return Call(call_id, endpoint, uid, encode_frame(header, memories), expected, len(tensors[0]), peer_id)
 

@@ -16,7 +16,7 @@ from p2pmoe.experts.directory import Children, ExpertRecord, Provider
 from p2pmoe.experts.uid import UidPattern, parse_uid
 from p2pmoe.protocol.nested import nested_flatten, nested_packer
 from p2pmoe.protocol.schema import BatchTensorProto, schema_digest, schema_from_json
-from p2pmoe.types import PeerId
+from p2pmoe.types import MODES, PeerId
 
 
 class Directory(Protocol):
@@ -50,6 +50,8 @@ class ExpertInfo:
     inputs: tuple[BatchTensorProto, ...]
     outputs: tuple[BatchTensorProto, ...]
     schema_digest: str
+    repeatable: frozenset[str] = frozenset(MODES)
+    """The modes in which an answer's row depends on its own input row alone: nothing is drawn, nothing mixed."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertInfo:
         """Itself: it never changes."""
@@ -83,7 +85,10 @@ class ExpertInfo:
         digest = schema_digest(forward, outputs)
         if digest != expected_digest:
             raise DecodeError(f"the schema's digest is {digest}, the directory announced {expected_digest}")
-        return cls(forward, outputs, inputs, flat_outputs, digest)
+        stated = document.get("repeatable", MODES)
+        if not isinstance(stated, (list, tuple)):
+            raise DecodeError("repeatable must be a list of modes")
+        return cls(forward, outputs, inputs, flat_outputs, digest, frozenset(mode for mode in MODES if mode in stated))
 
 
 class StaticDirectory:

@@ -23,6 +23,7 @@ from p2pmoe.client.calls import CallGroup
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.gating import ProductKeyGating, masked_softmax
 from p2pmoe.client.graph import always_differentiable
+from p2pmoe.client.manner import manner_of
 from p2pmoe.client.mixture_pass import MixtureOptions, MixturePasses, Route
 from p2pmoe.client.routing import route
 from p2pmoe.client.swarm import Swarm
@@ -32,6 +33,7 @@ from p2pmoe.protocol.modes import keeps_graph, out_of_compiled_graphs, refuse_ta
 from p2pmoe.protocol.nested import nested_map, nested_pack
 from p2pmoe.protocol.schema import format_schema, format_tensor
 from p2pmoe.rpc.base import Flat
+from p2pmoe.types import Manner
 
 T = TypeVar("T")
 _ATTEMPTS = 3  # searches for one forward pass, each without the peers that were silent before
@@ -192,14 +194,14 @@ class RemoteMixtureOfExperts(nn.Module):
             rows = x.reshape(-1, self.in_features)
             return self._nothing(rows, self._scores(rows), [torch.zeros_like(x)], None)
         batch = self._prepare(self._info, x, args, kwargs)
-        scores = self._scores(batch.gating_input)
+        scores, manner = self._scores(batch.gating_input), manner_of(self)
         if not len(batch.gating_input):
             empty = [proto.make_zeros(0, x.device).view(*batch.lead, *proto.shape) for proto in batch.info.outputs]
             zeros = give_back(empty, batch.dtype)
             return self._nothing(batch.inputs[0], scores, zeros, batch.info.outputs_schema)
         for attempt in range(_ATTEMPTS):
             found = yield from self._search(scores)
-            way = self._route(batch.info, found)
+            way = self._route(batch.info, found, manner)
             sorted_inputs = tuple(
                 tensor.index_select(0, way.routing.rows_P.to(tensor.device)) for tensor in batch.inputs
             )
@@ -322,7 +324,7 @@ class RemoteMixtureOfExperts(nn.Module):
             search.advance({prefix: known or {} for prefix, known in children.items()})
         return search.found(self.options.k_best)
 
-    def _route(self, info: ExpertInfo, found: Found) -> Route:
+    def _route(self, info: ExpertInfo, found: Found, manner: Manner) -> Route:
         routing = route(found.coordinates, found.valid, self.grid_size)
         order = self.swarm.trust.order
         candidates = [order(found.providers(self.uid_prefix, expert)) for expert in routing.experts]
@@ -330,7 +332,7 @@ class RemoteMixtureOfExperts(nn.Module):
             next((each for each in among if each.schema_digest == info.schema_digest), None) for among in candidates
         ]
         uids = [prefix_of(self.uid_prefix, expert)[:-1] for expert in routing.experts]
-        return Route(routing, uids, providers, info, len(found.valid))
+        return Route(routing, uids, providers, info, len(found.valid), manner)
 
     def _mix(self, batch: Batch, way: Route, outputs: Flat, weights: torch.Tensor) -> Any:
         """Weighted sums over each row's pairs, in the shape that the input had."""

@@ -17,6 +17,7 @@ import torch
 from p2pmoe.client.calls import Call, CallGroup, make_call
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.graph import always_differentiable, explain, input_gradients, keep_for_backward
+from p2pmoe.client.manner import for_expert
 from p2pmoe.client.replies import check_finite
 from p2pmoe.client.routing import Routing
 from p2pmoe.client.swarm import Swarm
@@ -25,7 +26,7 @@ from p2pmoe.experts.directory import Provider
 from p2pmoe.protocol.modes import keeps_graph
 from p2pmoe.protocol.schema import BatchTensorProto
 from p2pmoe.rpc.base import Flat
-from p2pmoe.types import Pass, PeerId
+from p2pmoe.types import Manner, Pass, PeerId
 
 Counts = npt.NDArray[np.int64]
 _SHOWN_ROWS: Final = 8
@@ -57,6 +58,8 @@ class Route:
     providers: list[Provider | None]
     info: ExpertInfo
     rows: int
+    manner: Manner
+    """Of all calls of the pass, but for their seeds; the backward pass has the same."""
 
 
 class MixturePasses:
@@ -120,7 +123,8 @@ class MixturePasses:
             provider, result = way.providers[index], results[index]
             if provider is not None and not isinstance(result, P2PMoEError):
                 start, end = way.routing.bounds[index]
-                verifier.offer(provider, way.uids[index], way.info, tuple(each[start:end] for each in inputs), result)
+                sent_rows = tuple(each[start:end] for each in inputs)
+                verifier.offer(provider, way.uids[index], way.info, sent_rows, result, way.manner)
 
     @staticmethod
     def alive(way: Route, results: list[Flat | P2PMoEError], valid: torch.Tensor) -> torch.Tensor:
@@ -210,6 +214,7 @@ class MixturePasses:
             expected,
             timeout_s=timeout_s,
             peer_id=provider.peer_id,
+            manner=for_expert(way.manner, index),
         )
 
     def _checked(

@@ -19,6 +19,7 @@ from p2pmoe.client.arguments import check_arguments, give_back
 from p2pmoe.client.calls import CallGroup, make_call
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.graph import always_differentiable, input_gradients, keep_for_backward
+from p2pmoe.client.manner import manner_of
 from p2pmoe.client.replies import check_finite, check_finite_async
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import (
@@ -40,7 +41,7 @@ from p2pmoe.protocol.messages import new_call_id
 from p2pmoe.protocol.modes import keeps_graph, out_of_compiled_graphs, refuse_tracing
 from p2pmoe.protocol.schema import BatchTensorProto, format_schema
 from p2pmoe.rpc.base import Flat
-from p2pmoe.types import Pass
+from p2pmoe.types import Manner, Pass
 
 _TRY_ANOTHER = (
     PeerUnreachableError,
@@ -71,6 +72,7 @@ class _Request:
     tensors: Flat
     protos: tuple[BatchTensorProto, ...]
     expected: tuple[BatchTensorProto, ...]
+    manner: Manner
     id: str = field(default_factory=new_call_id)
 
     def to(self, provider: Provider, timeout_s: float) -> CallGroup:
@@ -85,6 +87,7 @@ class _Request:
             timeout_s=timeout_s,
             call_id=self.id,
             peer_id=provider.peer_id,
+            manner=self.manner,
         )
         return CallGroup([call])
 
@@ -150,19 +153,26 @@ class RemoteExpert(nn.Module):
             self._info = await self.swarm.run_async(self._fetch_info())
         info = self._info
         tensors, dtype = check_arguments(self.uid, info, args, kwargs)
+        request = self._forward_request(info, tensors)
         versions = _versions(tensors)
-        outputs = await self._call_async(self._forward_request(info, tensors), self.forward_timeout_s)
+        outputs = await self._call_async(request, self.forward_timeout_s)
         if versions != _versions(tensors):
             raise TorchModeError(
                 f"{self.uid}: an argument was modified by an inplace operation while the call was under way; nobody "
                 f"knows which values were sent. Change a copy"
             )
-        return info.pack_outputs(give_back(self._attach(outputs, tensors), dtype))
+        return info.pack_outputs(give_back(self._attach(outputs, request), dtype))
 
-    def call_backward(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> Flat:
-        """One backward pass: trains the expert, gives the gradients of every input. Flat, in wire order."""
+    def call_backward(
+        self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], manner: Manner | None = None
+    ) -> Flat:
+        """One backward pass: trains the expert, gives the gradients of every input. Flat, in wire order.
+
+        `manner` is that of the forward pass; a new one of this module's mode when it is left out.
+        """
         info = self.info
-        request = _Request(self.uid, "backward", (*inputs, *gradients), info.inputs + info.outputs, info.inputs)
+        protos = info.inputs + info.outputs
+        request = _Request(self.uid, "backward", (*inputs, *gradients), protos, info.inputs, manner or manner_of(self))
         return self._call(request, self.backward_timeout_s)
 
     # -- private
@@ -171,8 +181,9 @@ class RemoteExpert(nn.Module):
         refuse_tracing(self.uid)
         info = self.info
         tensors, dtype = check_arguments(self.uid, info, args, kwargs)
-        outputs = self._call(self._forward_request(info, tensors), self.forward_timeout_s)
-        return info.pack_outputs(give_back(self._attach(outputs, tensors), dtype))
+        request = self._forward_request(info, tensors)
+        outputs = self._call(request, self.forward_timeout_s)
+        return info.pack_outputs(give_back(self._attach(outputs, request), dtype))
 
     async def _fetch_info(self) -> ExpertInfo:
         providers = await self.swarm.find_providers(self.uid)
@@ -182,19 +193,20 @@ class RemoteExpert(nn.Module):
             self.uid, sorted(providers, key=lambda each: count[each.schema_digest], reverse=True)
         )
 
-    def _attach(self, outputs: Flat, tensors: Flat) -> Flat:
+    def _attach(self, outputs: Flat, request: _Request) -> Flat:
+        tensors = request.tensors
         device = tensors[0].device
         if device.type != "cpu":
             outputs = tuple(output.to(device) for output in outputs)
         if not keeps_graph():
             return outputs
         attached: Flat = _RemoteCall.apply(  # type: ignore[no-untyped-call]
-            always_differentiable(), self, outputs, *tensors
+            always_differentiable(), self, request.manner, outputs, *tensors
         )
         return attached
 
     def _forward_request(self, info: ExpertInfo, tensors: Flat) -> _Request:
-        return _Request(self.uid, "forward", tensors, info.inputs, info.outputs)
+        return _Request(self.uid, "forward", tensors, info.inputs, info.outputs, manner_of(self))
 
     def _call(self, request: _Request, timeout_s: float) -> Flat:
         if not len(request.tensors[0]):
@@ -306,15 +318,17 @@ class RemoteExpert(nn.Module):
         """A call went through; the swarm may have it repeated by somebody else."""
         verifier = self.swarm.verifier
         if verifier is not None and request.direction == "forward" and self._info is not None:
-            verifier.offer(provider, self.uid, self._info, request.tensors, outputs)
+            verifier.offer(provider, self.uid, self._info, request.tensors, outputs, request.manner)
 
 
 class _RemoteCall(torch.autograd.Function):
     """Puts outputs that were computed elsewhere into the autograd graph."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, expert: RemoteExpert, outputs: Flat, *inputs: torch.Tensor) -> Flat:
-        ctx.expert = expert
+    def forward(
+        ctx: Any, anchor: torch.Tensor, expert: RemoteExpert, manner: Manner, outputs: Flat, *inputs: torch.Tensor
+    ) -> Flat:
+        ctx.expert, ctx.manner = expert, manner
         return keep_for_backward(ctx, inputs, outputs)
 
     @staticmethod
@@ -323,11 +337,11 @@ class _RemoteCall(torch.autograd.Function):
         wanted = input_gradients(
             ctx,
             gradients,
-            expert.call_backward,
+            lambda inputs, filled: expert.call_backward(inputs, filled, ctx.manner),
             protos=expert.info.outputs,
             skip_non_finite=expert.skip_non_finite,
         )
-        return None, None, None, *wanted
+        return None, None, None, None, *wanted
 
 
 def _versions(tensors: Flat) -> list[int]:

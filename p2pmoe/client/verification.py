@@ -24,6 +24,7 @@ from p2pmoe.errors import ConfigError, P2PMoEError
 from p2pmoe.experts.directory import Provider
 from p2pmoe.faults import unexpected
 from p2pmoe.rpc.base import Flat
+from p2pmoe.types import Manner, Mode
 
 MAX_RUNNING: Final = 4
 MAX_ROWS: Final = 64
@@ -65,6 +66,7 @@ class Sample:
     info: ExpertInfo
     inputs: Flat
     outputs: Flat
+    mode: Mode = "eval"
 
 
 @dataclass(slots=True)
@@ -114,9 +116,21 @@ class Verifier:
     def __repr__(self) -> str:
         return f"<Verifier: {self.counts}, {self._held} running>"
 
-    def offer(self, provider: Provider, uid: str, info: ExpertInfo, inputs: Flat, outputs: Flat) -> None:
-        """A forward call went through: perhaps repeat it. On any thread; copies what it keeps, and only then."""
-        if not len(inputs[0]):
+    def offer(
+        self,
+        provider: Provider,
+        uid: str,
+        info: ExpertInfo,
+        inputs: Flat,
+        outputs: Flat,
+        manner: Manner | None = None,
+    ) -> None:
+        """A forward call went through: perhaps repeat it. On any thread; copies what it keeps, and only then.
+
+        Not where an answer depends on more than a row and the parameters: there honest providers differ.
+        """
+        mode: Mode = "eval" if manner is None else manner.mode
+        if not len(inputs[0]) or mode not in info.repeatable:
             return
         with self._lock:
             if self._dice.random() >= self.options.fraction:
@@ -128,7 +142,7 @@ class Verifier:
                 return
             self._held += 1
         try:
-            sample = Sample(provider, uid, info, take_rows(inputs, rows), take_rows(outputs, rows))
+            sample = Sample(provider, uid, info, take_rows(inputs, rows), take_rows(outputs, rows), mode)
             self._loop.call_soon_threadsafe(self._start, sample)
         except Exception as error:  # noqa: BLE001 - the call went through, whatever becomes of the sample
             self.counts.unverified += 1
@@ -213,6 +227,7 @@ class Verifier:
                 info.outputs,
                 timeout_s=left_s,
                 peer_id=witness.peer_id,
+                manner=Manner(sample.mode),
             )
             group = CallGroup([call])
             await self._ask(group, left_s)

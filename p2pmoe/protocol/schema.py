@@ -93,6 +93,10 @@ class BatchTensorProto:
         """Zeros of [batch_size, *shape]."""
         return torch.zeros(batch_size, *self.shape, dtype=self.dtype, device=device)
 
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether a [batch, …] tensor is one of these, whatever its number of rows."""
+        return tensor.shape[1:] == self.shape and tensor.dtype is self.dtype and tensor.layout is torch.strided
+
     def __str__(self) -> str:
         return format_tensor((-1, *self.shape), self.datatype)
 

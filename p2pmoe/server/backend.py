@@ -99,6 +99,7 @@ class ExpertBackend(nn.Module):
         Where it is set, a forward pass in which the buffers overflow is stopped too."""
         self.forward_pool = TaskPool(self.forward, uid=f"{name}/forward", **pool_options)
         self.backward_pool = TaskPool(self.backward, uid=f"{name}/backward", **pool_options)
+        self.forward_pool.results, self.backward_pool.results = protos, nested_flatten(self.forward_schema)
 
     def __repr__(self) -> str:
         schemas = f"{format_schema(self.forward_schema)} -> {format_schema(self.outputs_schema)}"
@@ -193,6 +194,7 @@ class ExpertBackend(nn.Module):
             "outputs_schema": self.outputs_schema,
             "keyword_names": tuple(self.kwargs_schema),
             "schema_digest": self.schema_digest,
+            "repeatable": self.findings.repeatable,
             "updates": self.update_count,
         }
 

@@ -96,12 +96,20 @@ def _pieces(column: tuple[torch.Tensor, ...]) -> Iterator[list[torch.Tensor]]:
     yield piece
 
 
-def check_rows(batch: Batch, outputs: Flat) -> None:
-    """That an expert gave as many rows as it got."""
+def check_results(batch: Batch, outputs: Flat) -> None:
+    """That a pool's function gave as many rows as it got, and what the pool's schema says. Raises SchemaError."""
+    expected = batch.pool.results
+    if expected is not None and len(outputs) != len(expected):
+        raise SchemaError(f"{batch.pool.uid}: {len(outputs)} outputs were given where the schema has {len(expected)}")
     for index, output in enumerate(outputs):
         if output.ndim == 0 or len(output) != batch.rows:
             got = list(output.shape)
             raise SchemaError(f"{batch.pool.uid}: output {index} has shape {got} for a batch of {batch.rows} rows")
+        if expected is not None and not expected[index].fits(output):
+            raise SchemaError(
+                f"{batch.pool.uid}: output {index} is {output.dtype} of {list(output.shape)} for a batch of "
+                f"{batch.rows} rows, the schema says {expected[index]}"
+            )
 
 
 class PlainDevice:
@@ -122,7 +130,7 @@ class PlainDevice:
 
     def launch(self, staged: Staged) -> Launched:
         outputs = staged.batch.compute(staged.inputs)
-        check_rows(staged.batch, outputs)
+        check_results(staged.batch, outputs)
         return Launched(staged.batch, outputs)
 
     def finish(self, launched: Launched) -> Flat:
@@ -159,7 +167,7 @@ class CudaDevice:
             for tensor in staged.inputs:
                 tensor.record_stream(self._compute)
             outputs = staged.batch.compute(staged.inputs)
-            check_rows(staged.batch, outputs)
+            check_results(staged.batch, outputs)
             computed = torch.cuda.Event()
             computed.record(self._compute)
         with torch.cuda.stream(self._copy_out):

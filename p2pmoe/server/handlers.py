@@ -142,6 +142,7 @@ class ExpertHandlers:
             "outputs_schema": schema_to_json(info["outputs_schema"]),
             "keyword_names": list(info["keyword_names"]),
             "schema_digest": info["schema_digest"],
+            "repeatable": list(info["repeatable"]),
             "updates": info["updates"],
             "requests": sum(self._stats[pool.uid].outcomes["ok"] for pool in backend.get_pools()),
             "oip": {

@@ -19,6 +19,7 @@ from typing import Final, Protocol
 import torch
 
 from p2pmoe.errors import BadRequestError, CallError, ExpiredCallError, OverloadedError, SchemaError
+from p2pmoe.protocol.schema import BatchTensorProto
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.prompt import PromptFuture
 from p2pmoe.server.fair_queue import ANY_KEY, FairQueue
@@ -154,6 +155,8 @@ class TaskPool:
         self.runtime: Waker | None = None
         """Told of queued tasks; set by the runtime that takes this pool's batches."""
         self.gate: BatchGate | None = None
+        self.results: tuple[BatchTensorProto, ...] | None = None
+        """What the function must give, where that is known."""
         self._clock = clock
         self._queue: FairQueue[Task] = FairQueue(_key_of)
         self._lock = threading.Lock()

@@ -59,6 +59,11 @@ class Findings:
     rewritten: tuple[nn.Parameter, ...]
     """Parameters that forward writes to."""
 
+    @property
+    def repeatable(self) -> tuple[Mode, ...]:
+        """In which modes the answer to a row depends on that row and the parameters alone."""
+        return tuple(mode for mode in MODES if mode not in self.draws and mode not in self.mixes_rows)
+
 
 def examine(name: str, expert: nn.Module, forward_schema: Any, device: torch.device, given: Any = None) -> Findings:
     """Run an expert on made-up rows. `given` is the schema of the outputs where the owner has stated one.
@@ -124,8 +129,8 @@ class _Trial:
         self._rewritten: list[nn.Parameter] = []
 
     def findings(self, given: Any) -> Findings:
-        _refuse_inference_tensors(self._name, self._expert)
         _materialize(self._name, self._expert, self._schema, self._device)
+        _refuse_inference_tensors(self._name, self._expert)
         with untouched(self._expert) as values, torch.no_grad():
             self._values = values
             runs = {mode: self._run_mode(mode) for mode in self._modes()}

@@ -30,7 +30,6 @@ from p2pmoe import BatchTensorProto as P
 from p2pmoe.errors import (
     ClosedError,
     DeadlineError,
-    DecodeError,
     ExpertFailedError,
     ExpertNotFoundError,
     InvalidUidError,
@@ -324,7 +323,7 @@ def test_an_expert_that_fails_says_why_and_others_go_on(make: Callable[..., Worl
     assert world.backend("bad.0").update_count == 0
 
 
-def test_a_node_that_answers_something_else_is_to_blame(make: Callable[..., World]) -> None:
+def test_an_expert_that_breaks_its_schema_fails_at_its_node(make: Callable[..., World]) -> None:
     class Liar(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -344,8 +343,9 @@ def test_a_node_that_answers_something_else_is_to_blame(make: Callable[..., Worl
     ]
     for lie in lies:
         world.backend("ffn.0").expert.answer = lie
-        with pytest.raises(DecodeError, match=r"ffn\.0.*instead of \(FP32\[2, 4\]\)"):
+        with pytest.raises(ExpertFailedError, match=r"ffn\.0.* its schema says \(float32\[2, 4\]\)"):
             expert(torch.ones(2, 4))
+        assert not any(each.counts for each in world.swarm.trust.standing.snapshot()), "the node has not lied"
         assert world.swarm.expert("ffn.1")(torch.ones(1, 4)).shape == (1, 4)
         world.swarm.trust.pardon(world.alice.peer_id)  # else the third lie would be the last question
     failures: list[Callable[[torch.Tensor], Any]] = [

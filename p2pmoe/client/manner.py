@@ -1,0 +1,45 @@
+"""How a call asks for its expert to be computed. Knows torch's seed and nothing else.
+
+Seeds are drawn without a look at torch's generators, so that a remote layer draws nothing that a local one would not.
+They follow `torch.manual_seed` all the same: a program that seeds torch draws the same ones each time it is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+
+import torch
+from torch import nn
+
+from p2pmoe.types import Manner
+
+
+class _Seeds:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._origin: int | None = None
+        self._count = 0
+
+    def draw(self) -> int:
+        origin = torch.initial_seed()
+        with self._lock:
+            if origin != self._origin:
+                self._origin, self._count = origin, 0
+            self._count += 1
+            count = self._count
+        text = b"%d/%d" % (origin, count)
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+_seeds = _Seeds()
+
+
+def manner_of(module: nn.Module) -> Manner:
+    """What a layer's calls of one pass, forward and backward, ask for: its own mode, and a new seed of 63 bits."""
+    return Manner("train" if module.training else "eval", _seeds.draw())
+
+
+def for_expert(manner: Manner, index: int) -> Manner:
+    """The manner of one of several experts of a pass: they must not all drop the same places."""
+    return manner if manner.seed is None else manner._replace(seed=(manner.seed + index) % (1 << 63))
