@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import datetime as dt
+import ipaddress
 import math
 import re
 import tomllib
@@ -20,7 +21,7 @@ from msgspec import Meta
 
 from p2pmoe.errors import ConfigError, shown
 from p2pmoe.files import beside, expand_home, without_mark
-from p2pmoe.types import is_loopback
+from p2pmoe.types import canonical_host, is_host, is_loopback, parse_ip
 
 MAX_CONFIG_BYTES: Final = 256 * 1024
 """A longer file is no node.toml; it is not read to its end."""
@@ -29,11 +30,13 @@ MAX_CONFIG_DEPTH: Final = 16
 MAX_KEY_PARTS: Final = 32
 PATH_KEY: Final = "_path"
 """How the name of every key ends that is a path; `experts.modules` lists some too."""
+BROADCAST: Final = ipaddress.ip_network("255.255.255.255/32")
 _PART: Final = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+"""
 _DEEP_KEY_RE: Final = re.compile(rf"(?<![\w-]){_PART}(?:\.[ \t]*+{_PART}){{{MAX_KEY_PARTS}}}")
 _OWN_KEY_RE: Final = re.compile(r"(?:[a-z_]+_path|modules): ")
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
+AnnouncedPort = Annotated[int, Meta(ge=1, le=65535)]
 Positive = Annotated[int, Meta(gt=0)]
 NonNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -71,6 +74,8 @@ class HttpConfig(Section, frozen=True):
     port: Port = 0
     announce_host: str | None = None
     """The address written into DHT records; `host` when it is not set."""
+    announce_port: AnnouncedPort | None = None
+    """The port written there, where a port mapping (a container, a router) leads from it to `port`."""
     tls: bool = True
     """TLS 1.3 with a certificate of the node's own key. Plain HTTP is allowed on loopback only."""
     drain_timeout_s: Seconds = 10.0
@@ -79,12 +84,31 @@ class HttpConfig(Section, frozen=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_announced(self)
         for key, host in (("host", self.host), ("announce_host", self.announce_host)):
             if not self.tls and host is not None and not is_loopback(host):
                 raise ConfigError(
                     f"tls = false with {key} = {host!r}: plain HTTP is allowed on loopback only; remove tls = false (a "
                     f"certificate needs no setting up), or listen on 127.0.0.1"
                 )
+
+
+def _check_announced(section: HttpConfig | DHTConfig) -> None:
+    """Raises ConfigError for what no peer could make anything of, though it would look fine until one tries."""
+    if not is_host(section.host):
+        raise ConfigError(f"host = {shown(section.host)!r} is neither an IP address nor a name; write e.g. 127.0.0.1")
+    if section.announce_host is None:
+        return
+    what = f"announce_host = {shown(section.announce_host)!r}"
+    if not is_host(section.announce_host):
+        raise ConfigError(
+            f"{what} is neither an IP address nor a name; write e.g. 203.0.113.7, a port goes into announce_port"
+        )
+    ip = parse_ip(section.announce_host)
+    if ip is not None and (ip.is_unspecified or ip.is_multicast or ip in BROADCAST):
+        raise ConfigError(f"{what} is no address of one machine; write the one that peers reach this machine at")
+    if ip is not None and ip.version == 6 and ip.is_link_local:
+        raise ConfigError(f"{what} means something on one link only; write an address that all peers reach")
 
 
 class LimitsConfig(Section, frozen=True):
@@ -176,8 +200,14 @@ class DHTConfig(Section, frozen=True):
     host: str = "127.0.0.1"
     port: Port = 0
     announce_host: str | None = None
+    """The address in the join line. Peers go by the one that our datagrams come from."""
+    announce_port: AnnouncedPort | None = None
+    """The port at which peers reach us, where a port mapping (a container, a router) leads from it to `port`."""
     initial_peers: tuple[str, ...] = ()
-    """`HOST:PORT` of nodes that are already in the swarm; any one that answers is enough."""
+    """`HOST:PORT` of nodes that are already in the swarm; any one that answers is enough. Our own may be among them:
+    one file can serve all nodes."""
+    allow_alone: bool = False
+    """Start also when none of them answers, and look for them in the background."""
     swarm_id: str = "p2pmoe"
     """Nodes of different swarms never read each other's records."""
     owner: str | None = None
@@ -192,6 +222,10 @@ class DHTConfig(Section, frozen=True):
     """JSON file that remembers peers that answered, so that a restart needs no initial peer."""
     max_source_bytes_per_s: Seconds = 1e6
     """Request and reply bytes that one address (one subnet, from outside the local network) may cost us."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_announced(self)
 
 
 class BatchingConfig(Section, frozen=True):
@@ -342,14 +376,32 @@ class NodeConfig(Section, frozen=True):
             _put_beside(folder, merged)
         for key_path, value in (overrides or {}).items():
             _set_path(merged, key_path, _copy_value(value, source, 1), source)
-        for section, key, value in _FALSE_MEANS:
-            table = merged.get(section)
-            if isinstance(table, dict) and table.get(key) is False:
-                table[key] = value
+        _put_none(merged)
         try:
             return msgspec.convert(merged, cls)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{source}: {shown(_readable(error))}") from error
+
+    @classmethod
+    def check_value(cls, key_path: str, value: Any, *, source: str) -> None:
+        """Whether a key takes this value, whatever the others are. Raises ConfigError, also for an unknown key."""
+        section: Any = cls
+        for name in key_path.split("."):
+            fields = (
+                {field.name: field.type for field in msgspec.structs.fields(section)} if _is_section(section) else {}
+            )
+            if name not in fields:
+                raise ConfigError(f"{source}: {key_path}: unknown key; see node.toml for every key and its default")
+            section = fields[name]
+        tree: dict[str, Any] = {}
+        _set_path(tree, key_path, _copy_value(value, source, 1), source)
+        _put_none(tree)
+        for name in key_path.split("."):
+            tree = tree[name]
+        try:
+            msgspec.convert(tree, section)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{source}: {shown(_readable(error, key_path))}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, for printing."""
@@ -378,16 +430,22 @@ _FALSE_MEANS: Final[tuple[tuple[str, str, float | None], ...]] = (  # TOML has n
 
 
 def parse_host_port(text: str, *, what: str = "address") -> tuple[str, int]:
-    """`HOST:PORT` or `[IPv6]:PORT` as a pair. Raises ConfigError for anything else."""
+    """`HOST:PORT` or `[IPv6]:PORT` as a pair, the host in its one spelling. Raises ConfigError for anything else."""
     host, separator, port = text.strip().rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise ConfigError(f"{what} {text!r} is ambiguous; write an IPv6 address as [::1]:31337")
-    is_number = port.isascii() and port.isdigit() and len(port) <= 5
-    if not separator or not host or not is_number or not 1 <= int(port) <= 65535:
-        raise ConfigError(f"{what} {text!r} is not HOST:PORT with a port from 1 to 65535, e.g. 127.0.0.1:31337")
-    return host, int(port)
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        if "://" in text:
+            raise ConfigError(f"{what} {shown(text)!r} is a URL; write HOST:PORT alone, e.g. 127.0.0.1:31337")
+        raise ConfigError(f"{what} {shown(text)!r} is ambiguous; write an IPv6 address as [::1]:31337")
+    digits = port.lstrip("0")
+    is_number = port.isascii() and port.isdigit() and 1 <= len(digits) <= 5
+    if not separator or not host or not is_number or int(digits) > 65535:
+        raise ConfigError(f"{what} {shown(text)!r} is not HOST:PORT with a port from 1 to 65535, e.g. 127.0.0.1:31337")
+    if not is_host(host):
+        raise ConfigError(
+            f"{what} {shown(text)!r}: {shown(host)!r} is neither an IP address nor a name; write it like "
+            f"127.0.0.1:31337, [::1]:31337 or node.example.org:31337"
+        )
+    return canonical_host(host), int(digits)
 
 
 def _expanded(key: str, path: str) -> str:
@@ -433,6 +491,17 @@ def _copy_value(value: Any, source: str, depth: int) -> Any:
     return value
 
 
+def _put_none(tree: dict[str, Any]) -> None:
+    for section, key, value in _FALSE_MEANS:
+        table = tree.get(section)
+        if isinstance(table, dict) and table.get(key) is False:
+            table[key] = value
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
 def _set_path(tree: dict[str, Any], key_path: str, value: Any, source: str) -> None:
     *tables, last = key_path.split(".")
     for table in tables:
@@ -443,12 +512,12 @@ def _set_path(tree: dict[str, Any], key_path: str, value: Any, source: str) -> N
     tree[last] = value
 
 
-def _readable(error: msgspec.ValidationError) -> str:
+def _readable(error: msgspec.ValidationError, key_path: str = "") -> str:
     """msgspec says "Expected `int`, got `str` - at `$.dht.port`"; lead with the key path instead."""
     message, _, path = str(error).rpartition(" - at `$")
     if not message:
         message, path = str(error), ""
-    key = path.strip("`.")
+    key = key_path + path.strip("`") if key_path else path.strip("`.")
     unknown = message.partition("unknown field `")[2].rstrip("`")
     if unknown:
         key = f"{key}.{unknown}" if key else unknown

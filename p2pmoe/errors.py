@@ -20,6 +20,7 @@
         ├── DecodeError             bytes that are no value of the wire format
         │   └── NonFiniteReplyError NaN or infinity where a call asked for numbers
         ├── PeerUnreachableError    nobody answers at that endpoint
+        │   ├── NameLookupError     a host name has no address, or nobody said so in time
         │   ├── BootstrapError      none of the initial peers answered
         │   ├── PeerIdentityError   whoever answers there cannot prove the expected key
         │   └── InsecureEndpointError   the record offers only what may not be spoken
@@ -156,6 +157,10 @@ class NonFiniteReplyError(DecodeError):
 
 class PeerUnreachableError(RemoteError, ConnectionError):
     """Nobody answers at an endpoint, or the connection broke before the answer was complete."""
+
+
+class NameLookupError(PeerUnreachableError):
+    """A host name has no address, or the name server did not say in time."""
 
 
 class BootstrapError(PeerUnreachableError):

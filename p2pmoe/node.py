@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +20,7 @@ import torch
 
 from p2pmoe import __version__, forks
 from p2pmoe.config import HttpConfig, NodeConfig
+from p2pmoe.dht.addresses import reached_at
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.dht.observations import reachable_host
 from p2pmoe.errors import ClosedError, ConfigError
@@ -38,7 +37,7 @@ from p2pmoe.server.hosting import make_backends
 from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.runtime import Runtime
 from p2pmoe.server.screening import guard_experts
-from p2pmoe.types import Endpoint, PeerId
+from p2pmoe.types import Endpoint, PeerId, canonical_host
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -212,7 +211,15 @@ class Node:
         parts.push_async_callback(server.close)
         parts.push_async_callback(lambda: server.drain(self._drain_timeout_s))
         public_key = _started(self._identity).public_key
-        self._endpoint = Endpoint(_announced_host(config), server.port, "https" if config.tls else "http", public_key)
+        port = config.announce_port or server.port
+        if config.announce_port and not config.port:
+            logger.warning(
+                "http.announce_port = %d with http.port = 0: the port mapping has to lead to port %d, which the system "
+                "picked for this start only; set http.port",
+                port,
+                server.port,
+            )
+        self._endpoint = Endpoint(_announced_host(config), port, "https" if config.tls else "http", public_key)
 
     async def _start_dht(self, parts: contextlib.AsyncExitStack, identity: Identity) -> None:
         config = self.config.dht
@@ -328,22 +335,4 @@ async def _in_thread(function: Callable[[], None]) -> None:
 
 def _announced_host(config: HttpConfig) -> str:
     """The address that others are told: never a wildcard."""
-    host = config.announce_host or config.host
-    with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        if address.is_unspecified:
-            return _outward_address(address.version)
-    return host
-
-
-def _outward_address(version: int) -> str:
-    """The address of the interface that leads outwards. Connecting a UDP socket sends nothing."""
-    family, target = (socket.AF_INET, "192.0.2.1") if version == 4 else (socket.AF_INET6, "2001:db8::1")
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((target, 9))
-        except OSError as error:
-            raise ConfigError(
-                "http.announce_host: which address callers can reach is not clear when listening on all; set it"
-            ) from error
-        return str(probe.getsockname()[0])
+    return canonical_host(config.announce_host) if config.announce_host else reached_at(config.host)

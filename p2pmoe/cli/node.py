@@ -46,6 +46,18 @@ def node(
     host: Annotated[str | None, typer.Option(help="Address that both ports listen on; 0.0.0.0 for all.")] = None,
     port: Annotated[int | None, typer.Option(help="TCP port of the calls; 0 lets the system pick.")] = None,
     dht_port: Annotated[int | None, typer.Option("--dht-port", help="UDP port of the DHT; 0 likewise.")] = None,
+    announce_host: Annotated[
+        str | None, typer.Option("--announce-host", metavar="HOST", help="Address that others are told for both ports.")
+    ] = None,
+    announce_port: Annotated[
+        int | None, typer.Option("--announce-port", help="Port of the calls as others reach it: a mapping's outer end.")
+    ] = None,
+    dht_announce_port: Annotated[
+        int | None, typer.Option("--dht-announce-port", help="UDP port of the DHT as others reach it.")
+    ] = None,
+    allow_alone: Annotated[
+        bool | None, typer.Option("--allow-alone", help="Start also when no initial peer answers, and go on trying.")
+    ] = None,
     identity: Annotated[str | None, typer.Option(metavar="KEY_FILE", help="Key file, made if missing.")] = None,
     swarm_id: SwarmId = None,
     owner: Owner = None,
@@ -69,6 +81,9 @@ def node(
         exit_with_parent()
     prepare_process()
     flags = {
+        "dht.allow_alone": allow_alone,
+        "dht.announce_host": announce_host,
+        "dht.announce_port": dht_announce_port,
         "dht.initial_peers": split_lists(initial_peers),
         "dht.host": host,
         "dht.port": dht_port,
@@ -81,6 +96,8 @@ def node(
         "experts.kind": kind,
         "experts.seed": seed,
         "experts.uids": split_lists(experts),
+        "http.announce_host": announce_host,
+        "http.announce_port": announce_port,
         "http.host": host,
         "http.port": port,
         "identity_path": identity,

@@ -89,7 +89,7 @@ def read_value(key_path: str, text: str, *, source: str) -> Any:
     first: ConfigError | None = None
     for candidate in _readings(text.strip(), between=_BETWEEN_PATHS if key_path == _LIST_OF_PATHS else _BETWEEN):
         try:
-            NodeConfig.from_tree({}, source=source, overrides={key_path: candidate})
+            NodeConfig.check_value(key_path, candidate, source=source)  # how keys fit together is checked at the end
         except ConfigError as error:
             first = first or error
         else:
@@ -115,7 +115,7 @@ def load_node_config(
     for key_path, value in flags.items():
         if value is None:
             continue
-        NodeConfig.from_tree({}, source="command line", overrides={key_path: value})
+        NodeConfig.check_value(key_path, value, source="command line")
         overrides[key_path] = value
     if path is None:
         return NodeConfig.from_tree({}, overrides=overrides)

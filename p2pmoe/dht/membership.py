@@ -7,26 +7,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Final
 
 from p2pmoe.config import DHTConfig
-from p2pmoe.dht.addresses import resolve
 from p2pmoe.dht.contacts import BUCKET_SIZE
+from p2pmoe.dht.initial_peers import InitialPeers
 from p2pmoe.dht.observations import MIN_REPORTERS, Observations
 from p2pmoe.dht.server import SwarmServer
 from p2pmoe.errors import BootstrapError
 from p2pmoe.faults import unexpected
 from p2pmoe.protocol.datagrams import Address
+from p2pmoe.rpc.resolver import Resolver
+from p2pmoe.seldom import Seldom
+from p2pmoe.types import format_host_port
 
 log = logging.getLogger(__name__)
 
 MAINTAIN_EVERY_S: Final = 10.0
 FIRST_RETRY_S: Final = 0.25
 LAST_RETRY_S: Final = 10.0
-LOG_EVERY_S: Final = 30.0
 FEW_PEERS: Final = 3
 CLOCK_WARNING_S: Final = 10.0
 ASKED_WHERE_WE_ARE: Final = 8
@@ -40,24 +41,60 @@ class Membership:
 
     Args:
         server: The node's DHT.
-        config: The `[dht]` section, of which it takes the initial peers.
+        config: The `[dht]` section, of which it takes the initial peers and whether we may be alone.
         on_round: Called after each round of upkeep.
+        resolver: Looks up the initial peers' names.
+
+    Raises:
+        ConfigError: an initial peer is no HOST:PORT.
     """
 
-    def __init__(self, server: SwarmServer, config: DHTConfig, *, on_round: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        server: SwarmServer,
+        config: DHTConfig,
+        *,
+        on_round: Callable[[], None],
+        resolver: Resolver | None = None,
+    ) -> None:
         self.observations = Observations()
-        self.ipv6 = False
-        """Whether our socket takes IPv6."""
+        self.initial = InitialPeers(
+            config.initial_peers,
+            swarm_id=config.swarm_id,
+            announced=(config.announce_host, config.announce_port),
+            resolver=resolver,
+        )
+        self.ran_before = False
+        """Whether an earlier run left its state on disk."""
         self._server = server
         self._config = config
         self._on_round = on_round
         self._remembered: OrderedDict[Address, None] = OrderedDict()
-        self._last_logged = -LOG_EVERY_S
+        self._alone = Seldom()
+        self._clock_off = Seldom()
+        self._failing = Seldom()
+        self._is_alone = False
+        self._reasons: list[str] = []
 
     @property
     def wants_peers(self) -> bool:
-        """False for a node that was told of nobody: it waits to be asked."""
-        return bool(self._config.initial_peers or self._remembered)
+        """False for a node that was told of nobody but itself: it waits to be asked."""
+        return bool(self.initial.others or self._remembered)
+
+    @property
+    def founds(self) -> bool:
+        """Whether we are told of nobody else, and others come to us."""
+        return not self._server.client_mode and not self.initial.others
+
+    @property
+    def may_be_alone(self) -> bool:
+        """Whether we are a node of the swarm, too, while nobody else is there.
+
+        So is whoever founds it, was one of it before, is among the initial peers of all, or was told to.
+        """
+        if self._server.client_mode:
+            return False
+        return self.founds or self._config.allow_alone or self.ran_before or self.initial.names_us
 
     @property
     def peers(self) -> list[Address]:
@@ -76,32 +113,59 @@ class Membership:
     # --- joining ----------------------------------------------------------------------------------------------
 
     async def join_first(self, *, wait_for_peers: bool) -> None:
-        """Try until it succeeds or `join_timeout_s` is over. Raises BootstrapError then, with `wait_for_peers`."""
+        """Try until it succeeds or `join_timeout_s` is over.
+
+        Raises BootstrapError then, with `wait_for_peers` and unless we may be alone (a client: was told to start so).
+        """
         deadline = asyncio.get_running_loop().time() + self._config.join_timeout_s
         delay_s = FIRST_RETRY_S
-        while not await self._join(deadline):
+        while self.wants_peers and not await self._join(deadline):
             left_s = deadline - asyncio.get_running_loop().time()
-            if left_s <= 0:
-                if wait_for_peers and self._config.initial_peers:
-                    raise BootstrapError(self.no_peers())
-                self._log_no_peers()
-                return
+            if left_s <= 0 or (self.initial.is_hopeless and not self._remembered):
+                break
             await asyncio.sleep(min(delay_s, left_s))
             delay_s *= 2
-        await self._ask_where_we_are()
+        if len(self._server.table):
+            await self._ask_where_we_are()
+            return
+        if not self.wants_peers:
+            self._log_founding()
+            return
+        self._reasons = await self.initial.why_silent(self._server.make_ping)
+        if wait_for_peers and not (self.may_be_alone or self._config.allow_alone):
+            raise BootstrapError(self.no_peers())
+        self._log_alone()
 
     async def _join(self, deadline: float) -> bool:
         try:
             async with asyncio.timeout_at(deadline):
-                return await self._server.bootstrap(await self._known_addresses()) > 0
+                return await self._ask_everybody()
         except TimeoutError:
             # The look-up of ourselves may be cut short; a contact in the table is what counts.
             return len(self._server.table) > 0
 
-    async def _known_addresses(self) -> list[Address]:
-        addresses = await resolve(self._config.initial_peers, ipv6=self.ipv6, timeout_s=2.0)
-        remembered = [peer for peer in self._remembered if self.ipv6 or ":" not in peer[0]]
-        return list(dict.fromkeys([*addresses, *remembered]))
+    async def _ask_everybody(self) -> bool:
+        """Ask all addresses at once, those of a name as soon as it is looked up. True once one of them answers."""
+        asking = [asyncio.create_task(self._server.bootstrap(self._known_addresses()))]
+        asking += [asyncio.create_task(self._ask_named(peer)) for peer in self.initial.names]
+        try:
+            for answered in asyncio.as_completed(asking):
+                if await answered:
+                    return True
+            return False
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
+    async def _ask_named(self, peer: str) -> int:
+        known = set(self._known_addresses())
+        found = await self.initial.look_up(peer)
+        return await self._server.bootstrap([address for address in found if address not in known])
+
+    def _known_addresses(self) -> list[Address]:
+        remembered = [peer for peer in self._remembered if not self.initial.is_own(peer)]
+        return list(dict.fromkeys([*self.initial.known(), *remembered]))
 
     # --- staying ----------------------------------------------------------------------------------------------
 
@@ -124,13 +188,14 @@ class Membership:
             try:
                 await self.maintain()
             except Exception as error:  # noqa: BLE001 - the next round may go better
-                unexpected("a round of the DHT's upkeep", error, by_a_stranger=True)
+                if (more := self._failing.note()) is not None:
+                    unexpected(f"a round of the DHT's upkeep{more}", error)
 
     async def maintain(self) -> None:
         """One round: join again when nearly alone, ping the silent, try some of those that were lost."""
-        lonely = self.wants_peers and len(self._server.table) < FEW_PEERS
-        if lonely and not await self._join(asyncio.get_running_loop().time() + self._config.join_timeout_s):
-            self._log_no_peers()
+        if self.wants_peers and len(self._server.table) < FEW_PEERS:
+            await self._join(asyncio.get_running_loop().time() + self._config.join_timeout_s)
+        self._log_company()
         self.remember(contact.address for contact in self._server.table if not contact.misses)
         await self._server.maintain()
         await self.find_the_lost()
@@ -144,7 +209,7 @@ class Membership:
         gets it looks itself up through the other side, and is entered there by those it asks.
         """
         held = {contact.address for contact in self._server.table}
-        lost = [address for address in await self._known_addresses() if address not in held]
+        lost = [address for address in self._known_addresses() if address not in held]
         tried = random.sample(lost, min(TRIED_AGAIN, len(lost)))
         answers = await asyncio.gather(*(self._server.protocol.call_ping(address) for address in tried))
         back = [pong for pong in answers if pong is not None and pong.sender not in {b"", self._server.node.id}]
@@ -165,17 +230,21 @@ class Membership:
         """A peer says where it sees us, and what its clock shows."""
         self.observations.report(reporter, seen, their_time - self._server.clock())
         offset_s = self.observations.clock_offset_s
-        if offset_s is not None and abs(offset_s) > CLOCK_WARNING_S and self._may_log():
+        if offset_s is None or abs(offset_s) <= CLOCK_WARNING_S:
+            return
+        if (more := self._clock_off.note()) is not None:
             log.warning(
-                "this machine's clock is %.0f s off its peers'; records may be refused: set it right", -offset_s
+                "this machine's clock is %.0f s off its peers'; records may be refused: set it right%s", -offset_s, more
             )
 
     def no_peers(self) -> str:
         """Nobody answers: why, and what to do."""
-        peers = ", ".join(self._config.initial_peers) or "none given"
+        peers = ", ".join(self.initial.texts) or "none given"
+        reasons = "; ".join([*self._reasons, *([self._about_keys()] if self.initial.any_silent else [])])
+        alone = "" if self._server.client_mode else ", or start without: --allow-alone (dht.allow_alone = true)"
         return (
-            f"no peer of the DHT answers (initial peers: {peers}); check that a node runs there and that UDP "
-            f"reaches it, or pass another with --initial-peers HOST:PORT; {self._about_keys()}"
+            f"no peer of the DHT answers (initial peers: {peers}): {reasons}; else pass another with "
+            f"--initial-peers HOST:PORT{alone}"
         )
 
     def _about_keys(self) -> str:
@@ -185,16 +254,25 @@ class Membership:
         heard = f" ({strange} datagrams came that ours does not open)" if strange else ""
         return f"a private swarm answers only those who have its key: is our swarm key the one that they have{heard}?"
 
-    def _log_no_peers(self) -> None:
-        if self._may_log():
-            log.warning("%s; trying again in the background", self.no_peers())
+    def _log_founding(self) -> None:
+        among = " but ourselves" if self.initial.texts else ""
+        log.info("no initial peers%s: this node founds swarm %r, others join through it", among, self._config.swarm_id)
 
-    def _may_log(self) -> bool:
-        now = time.monotonic()
-        if now - self._last_logged < LOG_EVERY_S:
-            return False
-        self._last_logged = now
-        return True
+    def _log_alone(self) -> None:
+        self._is_alone = True
+        if (more := self._alone.note()) is not None:
+            reasons = "; ".join(self._reasons) or f"none of {len(self._remembered)} remembered ones answers"
+            log.warning("alone for now, looking for peers in the background: %s%s", reasons, more)
+
+    def _log_company(self) -> None:
+        """One line when everybody is lost, one when somebody is found again; a founder's visitors come and go."""
+        if len(self._server.table) > 0:
+            if self._is_alone:
+                first = next(iter(self._server.table))
+                log.info("no longer alone: %s answers", format_host_port(*first.address))
+            self._is_alone = False
+        elif self.initial.others:
+            self._log_alone()
 
     def __repr__(self) -> str:
         return f"<Membership {len(self._server.table)} contacts, {len(self._remembered)} remembered>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import secrets
 import socket
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -13,24 +14,26 @@ from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
 from p2pmoe.config import DHTConfig
-from p2pmoe.dht.addresses import bind, client_host
+from p2pmoe.dht.addresses import bind, client_host, is_wildcard, reached_at
+from p2pmoe.dht.datagram_socket import plain_address, versions_of
 from p2pmoe.dht.loop_thread import LoopThread
 from p2pmoe.dht.membership import Membership
-from p2pmoe.dht.observations import Observations
+from p2pmoe.dht.observations import Observations, reachable_host
 from p2pmoe.dht.ownership import ClosedSwarm, OwnDelegation, parse_owner
 from p2pmoe.dht.records import NodeRecords
 from p2pmoe.dht.server import SwarmServer
 from p2pmoe.dht.signing import RecordSigner
-from p2pmoe.dht.state_file import load_state, save_state
+from p2pmoe.dht.state_file import SavedState, read_state, save_state
 from p2pmoe.dht.stats import DHTStats, take_stats
 from p2pmoe.dht.validation import MAX_SEQUENCE_AHEAD_S
 from p2pmoe.errors import BootstrapError, ConfigError
 from p2pmoe.faults import watch
 from p2pmoe.forks import forked
-from p2pmoe.identity import Identity, SwarmKey
+from p2pmoe.identity import NODE_ID_BYTES, Identity, SwarmKey
 from p2pmoe.protocol.datagrams import Address
 from p2pmoe.protocol.records import Record
-from p2pmoe.types import PeerId, format_host_port
+from p2pmoe.rpc.resolver import Resolver
+from p2pmoe.types import PeerId, canonical_host, format_host_port, is_loopback
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -47,9 +50,11 @@ class DHTNode:
         client_mode: Reads and writes, but answers nobody and is in nobody's table.
         swarm_key: The secret of a private swarm: every datagram is sealed with it.
         clock: Seconds since 1970, by which records are judged.
+        resolver: Looks up names of hosts.
 
     Raises:
-        ConfigError: `config.owner` is no public key, or `config.delegation_path` is set without it.
+        ConfigError: an initial peer is no HOST:PORT, `config.owner` is no public key, or `config.delegation_path` is
+            set without it.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class DHTNode:
         client_mode: bool = False,
         swarm_key: SwarmKey | None = None,
         clock: Callable[[], float] = time.time,
+        resolver: Resolver | None = None,
     ) -> None:
         self.identity = identity
         self.config = config or DHTConfig()
@@ -70,7 +76,8 @@ class DHTNode:
         self._delegation = self._own_delegation()
         self.signer = RecordSigner(identity, self.config.swarm_id, clock, self._delegation)
         self.server = SwarmServer(
-            identity.node_id,
+            # A client is in nobody's table; one that signs with a node's key reaches that node like any other.
+            secrets.token_bytes(NODE_ID_BYTES) if client_mode else identity.node_id,
             self.config.swarm_id,
             client_mode=client_mode,
             clock=clock,
@@ -82,7 +89,8 @@ class DHTNode:
             self.server, self.signer, self.config, closed=self.closed, require_peers=self._require_peers
         )
         self._complained_at = -math.inf
-        self.membership = Membership(self.server, self.config, on_round=self._save_state)
+        self._resolver = resolver or Resolver()
+        self.membership = Membership(self.server, self.config, on_round=self._save_state, resolver=self._resolver)
         self._thread = LoopThread(f"p2pmoe-dht-{identity.peer_id[:8]}")
         self._address: Address | None = None
         self._started = False
@@ -93,8 +101,9 @@ class DHTNode:
         """Bind, start the thread, join. Blocks until the node has joined, `join_timeout_s` at most.
 
         Args:
-            wait_for_peers: Whether it is an error when initial peers are configured and none answers in time.
-                If not, the node goes on trying in the background.
+            wait_for_peers: Whether it is an error when initial peers are configured and none answers in time,
+                which it never is for a node that `Membership.may_be_alone`. If not, the node goes on trying in the
+                background.
 
         Raises:
             AddressInUseError: the port is taken or not allowed.
@@ -111,9 +120,10 @@ class DHTNode:
             self._delegation.load()
         self._load_state()
         host = client_host(self.config.initial_peers) if self._binds_for_peers() else self.config.host
-        sock = bind(host, self.config.port)
-        self.membership.ipv6 = sock.family == socket.AF_INET6
-        self._address = sock.getsockname()[:2]
+        sock = bind(host, self.config.port, resolver=self._resolver)
+        self._address = plain_address(sock.getsockname())
+        self.membership.initial.bind(self._address, versions_of(sock))
+        self._warn_of_addresses()
         try:
             self._thread.start(
                 lambda ready, stopping: self._main(sock, ready, stopping, wait_for_peers=wait_for_peers),
@@ -171,10 +181,10 @@ class DHTNode:
         """What others pass as --initial-peers."""
         host, port = self.address
         if self.config.announce_host:
-            host = self.config.announce_host
-        elif host in {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
-            host = self.observations.host or ("::1" if host == "::" else "127.0.0.1")
-        return format_host_port(host, port)
+            host = canonical_host(self.config.announce_host)
+        elif is_wildcard(host):
+            host = reachable_host(host, reached_at(host), self.observations.host)
+        return format_host_port(host, self.config.announce_port or port)
 
     @property
     def observations(self) -> Observations:
@@ -250,8 +260,7 @@ class DHTNode:
         self.server.protocol.caller.on_seen = self.membership.on_seen
         upkeep: asyncio.Task[None] | None = None
         try:
-            if self.membership.wants_peers:
-                await self.membership.join_first(wait_for_peers=wait_for_peers)
+            await self.membership.join_first(wait_for_peers=wait_for_peers)
             upkeep = asyncio.create_task(self.membership.upkeep())
             watch(upkeep, "the DHT's upkeep")
             ready()
@@ -271,8 +280,25 @@ class DHTNode:
         return OwnDelegation(self.config.delegation_path, self.closed, self.identity.public_key)
 
     def _require_peers(self) -> None:
-        if self.peer_count == 0 and (self.client_mode or self.config.initial_peers):
+        if self.peer_count == 0 and not self.membership.may_be_alone:
             raise BootstrapError(self.membership.no_peers())
+
+    def _warn_of_addresses(self) -> None:
+        host, port = self.address
+        if self.client_mode:
+            return
+        if is_wildcard(host) and not self.config.announce_host and is_loopback(reached_at(host)):
+            log.warning(
+                "the DHT listens on all interfaces, but this machine has loopback alone: nobody else reaches it until "
+                "it has a network (or announce_host says where it is reached)"
+            )
+        if self.config.announce_port and not self.config.port:
+            log.warning(
+                "dht.announce_port = %d with dht.port = 0: the port mapping has to lead to port %d, which the system "
+                "picked for this start only; set dht.port",
+                self.config.announce_port,
+                port,
+            )
 
     def _binds_for_peers(self) -> bool:
         return self.client_mode and self.config.host == DHTConfig().host
@@ -280,7 +306,9 @@ class DHTNode:
     def _load_state(self) -> None:
         if self.config.state_path:
             latest_s = self.clock() + MAX_SEQUENCE_AHEAD_S
-            state = load_state(Path(self.config.state_path), max_sequence=int(latest_s * 1e6))
+            state = read_state(Path(self.config.state_path), max_sequence=int(latest_s * 1e6))
+            self.membership.ran_before = state is not None
+            state = state or SavedState()
             self.signer.last_sequence = state.sequence
             self.membership.remember(reversed(state.peers))
 

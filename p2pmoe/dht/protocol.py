@@ -38,6 +38,7 @@ from p2pmoe.protocol.datagrams import (
     Stored,
     decode_datagram,
     encode_datagram,
+    is_link_local,
     unpack_contacts,
 )
 
@@ -233,10 +234,17 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         except DecodeError:
             self.counters.malformed += 1
             return []
+        contacts = [on_the_link_of(told_by, contact) for contact in contacts]
         return [contact for contact in contacts if self.may_send_to(contact, told_by)]
 
     def __repr__(self) -> str:
         return f"<DatagramProtocol {self.book!r}>"
+
+
+def on_the_link_of(told_by: str, contact: Contact) -> Contact:
+    """A link-local address means something on one link: that of whoever told us."""
+    scope = told_by.partition("%")[2]
+    return contact._replace(host=f"{contact.host}%{scope}") if scope and is_link_local(contact.host) else contact
 
 
 def _status(number: int) -> Status:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -29,6 +30,7 @@ from p2pmoe.errors import DecodeError, RecordError
 from p2pmoe.faults import own
 from p2pmoe.identity import SwarmKey
 from p2pmoe.protocol.datagrams import (
+    CALL_ID_BYTES,
     PLAIN,
     RECORD_OVERHEAD_BYTES,
     SEALED,
@@ -36,6 +38,7 @@ from p2pmoe.protocol.datagrams import (
     Contact,
     Reply,
     Status,
+    encode_datagram,
     header_of,
 )
 from p2pmoe.protocol.records import Record
@@ -139,6 +142,11 @@ class SwarmServer(Server):  # type: ignore[misc]
         if answered:
             await self.find_nearest(self.node.id, BUCKET_SIZE)
         return answered
+
+    def make_ping(self) -> bytes:
+        """A datagram that every node of the swarm answers."""
+        datagram = encode_datagram(self.header, ping_message(secrets.token_bytes(CALL_ID_BYTES), b"", b""))
+        return self.sealer.seal(datagram) if self.sealer else datagram
 
     async def _refresh_table(self) -> None:
         """Look into the buckets that nothing was heard of for ten minutes; ping who has been silent."""

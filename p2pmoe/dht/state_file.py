@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from p2pmoe.errors import EncodeError
-from p2pmoe.protocol.datagrams import Address, pack_address, unpack_address
+from p2pmoe.protocol.datagrams import Address, is_link_local, pack_address, unpack_address
 
 MAX_STATE_BYTES: Final = 256 * 1024
 MAX_PEERS: Final = 64
@@ -27,8 +27,8 @@ class SavedState(msgspec.Struct, frozen=True):
 _decoder = msgspec.json.Decoder(SavedState)
 
 
-def load_state(path: Path, *, max_sequence: int = 2**62) -> SavedState:
-    """The saved state; an empty one when the file is missing or broken, which costs only a slower join.
+def read_state(path: Path, *, max_sequence: int = 2**62) -> SavedState | None:
+    """The saved state; None when the file is missing or broken, which costs only a slower join.
 
     Peers that no datagram could be sent to are left out: a name would be looked up on the DHT's loop, which stands
     still meanwhile. A sequence above `max_sequence` counts as none: peers refuse records from so far ahead.
@@ -36,16 +36,24 @@ def load_state(path: Path, *, max_sequence: int = 2**62) -> SavedState:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_STATE_BYTES + 1)
-        state = _decoder.decode(content) if len(content) <= MAX_STATE_BYTES else SavedState()
+        state = _decoder.decode(content) if len(content) <= MAX_STATE_BYTES else None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return SavedState()
+        return None
+    if state is None:
+        return None
     peers = tuple(peer for peer in map(_usable, state.peers) if peer is not None)
     return SavedState(peers, state.sequence if state.sequence <= max_sequence else 0)
 
 
+def load_state(path: Path, *, max_sequence: int = 2**62) -> SavedState:
+    """`read_state`, empty where there is none."""
+    return read_state(path, max_sequence=max_sequence) or SavedState()
+
+
 def _usable(peer: Address) -> Address | None:
     try:
-        return unpack_address(pack_address(*peer))
+        packed = unpack_address(pack_address(*peer))
+        return None if packed is None or is_link_local(packed[0]) else packed  # its link may have another number now
     except EncodeError:
         return None
 

@@ -12,8 +12,6 @@ No children is a tombstone: it takes the place of an older bundle until that has
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
@@ -24,15 +22,13 @@ from msgspec import Meta
 from p2pmoe.errors import DecodeError, EncodeError
 from p2pmoe.experts.uid import MAX_COORDINATE
 from p2pmoe.protocol.records import MAX_PARTS, MAX_VALUE_BYTES
-from p2pmoe.types import Endpoint
+from p2pmoe.types import Endpoint, is_host, parse_ip
 
 BUNDLE_VERSION: Final = 1
 MAX_CHILDREN: Final = 400
 MAX_HOST_CHARS: Final = 255
 MAX_DIGEST_BYTES: Final = 32
 _SCHEMES: Final = ("http", "https")
-_LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-_NAME_RE: Final = re.compile(rf"(?:{_LABEL}\.)*{_LABEL}", re.ASCII)
 
 
 class _Wire(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -98,20 +94,16 @@ def decode_bundle(value: bytes, public_key: bytes) -> Bundle:
     children = tuple(_unpack(wire))
     if children and not (wire.host and wire.port):
         raise DecodeError("not a bundle: children without an endpoint")
-    if wire.host and not _is_host(wire.host):
+    if wire.host and not _is_callable(wire.host):
         raise DecodeError("not a bundle: a host is an IP literal or a name of labels of 1 to 63 characters")
     endpoint = Endpoint(wire.host, wire.port, _SCHEMES[wire.scheme], public_key)
     return Bundle(endpoint, wire.digest.hex(), children)
 
 
-def _is_host(host: str) -> bool:
-    """Only what a resolver takes: of `a..b` or a label of 64 characters it raises errors of its own kind."""
-    if _NAME_RE.fullmatch(host):
-        return True
-    try:
-        return ":" in host and bool(ipaddress.IPv6Address(host))
-    except ValueError:
-        return False
+def _is_callable(host: str) -> bool:
+    """Whether a connection could lead to one machine there, whoever asks."""
+    ip = parse_ip(host)
+    return is_host(host) and (ip is None or not (ip.is_unspecified or ip.is_multicast or ip.is_link_local))
 
 
 def pack_bundles(

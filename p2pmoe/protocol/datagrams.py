@@ -47,7 +47,7 @@ SEAL_BYTES: Final = 32
 """What every size is smaller by in a private swarm, so that the sealed datagram has at most 1,200 bytes."""
 
 Address = tuple[str, int]
-"""An IP literal in its shortest form, and a port."""
+"""An IP literal in its shortest form, and a port. A link-local host has its scope, which is never sent."""
 
 _Id = Annotated[bytes, Meta(min_length=CALL_ID_BYTES, max_length=CALL_ID_BYTES)]
 _Sender = Annotated[bytes, Meta(max_length=NODE_ID_BYTES)]
@@ -196,10 +196,10 @@ def decode_datagram(header: bytes, datagram: bytes) -> Message:
 
 
 def pack_address(host: str, port: int) -> bytes:
-    """6 or 18 bytes. `host` must be an IP literal; raises EncodeError otherwise."""
+    """6 or 18 bytes. `host` must be an IP literal, whose scope is left out; raises EncodeError otherwise."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.inet_pton(family, host) + struct.pack(">H", port)
+        return socket.inet_pton(family, host.partition("%")[0]) + struct.pack(">H", port)
     except (OSError, struct.error, ValueError) as error:
         raise EncodeError(f"{host!r}:{port} is no IP literal with a port") from error
 
@@ -252,7 +252,14 @@ def unpack_contacts(v4: bytes, v6: bytes) -> list[Contact]:
 @functools.lru_cache(maxsize=65_536)
 def scope_of(host: str) -> int:
     """How far an address reaches: 0 this machine, 1 the local network, 2 the world."""
-    address = ipaddress.ip_address(host)
+    address = ipaddress.ip_address(host.partition("%")[0])
     if address.is_loopback:
         return 0
     return 1 if address.is_private or address.is_link_local else 2
+
+
+@functools.lru_cache(maxsize=4096)
+def is_link_local(host: str) -> bool:
+    """Whether an address means something on one link only, and needs a scope."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    return address.version == 6 and address.is_link_local

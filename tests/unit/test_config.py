@@ -176,3 +176,47 @@ def test_a_rate_may_be_infinite_and_never_zero() -> None:
     for value in ("0", "-1.0"):
         with pytest.raises(ConfigError, match="caller_calls_per_s"):
             NodeConfig.parse(f"[limits]\ncaller_calls_per_s = {value}")
+
+
+@pytest.mark.parametrize("section", ["http", "dht"])
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"announce_port": 0}, "announce_port"),
+        ({"announce_port": 65536}, "announce_port"),
+        ({"announce_host": "0.0.0.0"}, "is no address of one machine; write the one that peers reach this machine at"),
+        ({"announce_host": "::"}, "is no address of one machine"),
+        ({"announce_host": "224.0.0.1"}, "is no address of one machine"),
+        ({"announce_host": "255.255.255.255"}, "is no address of one machine"),
+        ({"announce_host": "fe80::1%eth0"}, "means something on one link only"),
+        ({"announce_host": "203.0.113.7:80"}, "a port goes into announce_port"),
+        ({"announce_host": "http://203.0.113.7"}, "neither an IP address nor a name"),
+        ({"announce_host": ""}, "neither an IP address nor a name"),
+        ({"host": ""}, "host = '' is neither an IP address nor a name"),
+        ({"host": "no host"}, "neither an IP address nor a name"),
+    ],
+)
+def test_what_no_peer_could_make_anything_of_is_refused(section: str, table: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        NodeConfig.from_tree({section: table})
+    assert section in str(caught.value)
+
+
+def test_announced_ports_and_alone() -> None:
+    config = NodeConfig.parse(
+        """
+        [http]
+        port = 4000
+        announce_host = "203.0.113.7"
+        announce_port = 40080
+        [dht]
+        announce_port = 41337
+        allow_alone = true
+        """
+    )
+    assert (config.http.announce_port, config.dht.announce_port, config.dht.allow_alone) == (40080, 41337, True)
+    assert (NodeConfig().http.announce_port, NodeConfig().dht.announce_port, NodeConfig().dht.allow_alone) == (
+        None,
+        None,
+        False,
+    )

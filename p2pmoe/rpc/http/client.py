@@ -33,6 +33,7 @@ from p2pmoe.rpc.http.documents import (
 )
 from p2pmoe.rpc.http.tls import Pins
 from p2pmoe.rpc.http.writing import body_of, write_frames
+from p2pmoe.rpc.resolver import Resolver
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 _READ_BYTES = 4 * 1024 * 1024  # the stream buffer; the default of 64 KiB stops and starts the socket all the time
@@ -63,7 +64,7 @@ class HttpTransport:
     """Connections pooled per peer; one instance belongs to the event loop it is first used on.
 
     With an `identity` calls go through a session with each node whose public key is known; without they are anonymous.
-    `swarm_key` is that of a private swarm.
+    `swarm_key` is that of a private swarm. `resolver` looks up the names of peers that are announced by name.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class HttpTransport:
         identity: Identity | None = None,
         swarm_key: SwarmKey | None = None,
         connect_timeout_s: float = 3.0,
+        resolver: Resolver | None = None,
     ) -> None:
+        self._resolver = resolver or Resolver()
         self._limits = limits or FrameLimits()
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
         self._session: aiohttp.ClientSession | None = None
@@ -170,7 +173,7 @@ class HttpTransport:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._loop = asyncio.get_running_loop()
-            self._session = open_session(self._timeout, read_bufsize=_READ_BYTES)
+            self._session = open_session(self._timeout, resolver=self._resolver, read_bufsize=_READ_BYTES)
         return self._session
 
     def _sweep_later(self) -> None:

@@ -21,6 +21,7 @@ from p2pmoe.rpc.http.admission import Ticket
 from p2pmoe.rpc.http.direct_body import DirectBody
 from p2pmoe.rpc.http.prompt_answer import PromptAnswer, PromptAnswers, is_one_call, is_plain_exchange
 from p2pmoe.rpc.http.responses import error_response
+from p2pmoe.rpc.resolver import host_of
 from p2pmoe.types import Caller
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Connection(web.RequestHandler):
         self.head_since = asyncio.get_running_loop().time()
         self._link = cast("asyncio.Transport", transport)  # the base class forgets its own when it begins to close
         if peer := transport.get_extra_info("peername"):
-            self._address = str(peer[0])
+            self._address = host_of(peer)
         self._watch.add(self)
         super().connection_made(transport)
 

@@ -11,18 +11,25 @@ from typing import Any, Final, Protocol, Self
 
 import aiohttp
 from aiohttp import hdrs
+from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from p2pmoe.errors import CallError, DecodeError, PeerIdentityError, PeerUnreachableError, call_error
+from p2pmoe.errors import CallError, DecodeError, NameLookupError, PeerIdentityError, PeerUnreachableError, call_error
 from p2pmoe.forks import shared
 from p2pmoe.protocol.messages import MAX_DOCUMENT_BYTES, decode_document
 from p2pmoe.rpc.http.tls import CertificateRefused, Pins
+from p2pmoe.rpc.resolver import Resolver
 from p2pmoe.types import WIRE_VERSION, Endpoint
 
 WIRE_VERSION_HEADER: Final = "P2PMoE-Wire-Version"
 EXCHANGE_PATH: Final = f"/p2pmoe/v{WIRE_VERSION}/exchange"
 CONNECTION_ERRORS: Final = (aiohttp.ClientError, TimeoutError, OSError, UnicodeError)
 """What the HTTP library raises when a peer is not there; the last for a host that is no name, like `a..b`."""
+
+
+LOOKUP_TIMEOUT_S: Final = 3.0
+"""How long a peer's name may take to resolve."""
+_NEXT_ADDRESS_S: Final = 0.25
 
 
 class Response(Protocol):
@@ -40,10 +47,40 @@ class Response(Protocol):
     def content(self) -> aiohttp.StreamReader: ...
 
 
-def open_session(timeout: aiohttp.ClientTimeout, **options: Any) -> aiohttp.ClientSession:
-    """A session that keeps connections per peer and accepts nothing it did not ask for."""
+class _Names(AbstractResolver):
+    """Our resolver as the HTTP library wants it: it has a time limit, and no thread of a pool to wait for."""
+
+    def __init__(self, resolver: Resolver) -> None:
+        self._resolver = resolver
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(hostname=host, host=each, port=port, family=family, proto=0, flags=socket.AI_NUMERICHOST)
+            for each in await self._resolver.addresses(host, timeout_s=LOOKUP_TIMEOUT_S)
+        ]
+
+    async def close(self) -> None:
+        """Nothing is kept."""
+
+
+def open_session(
+    timeout: aiohttp.ClientTimeout, *, resolver: Resolver | None = None, **options: Any
+) -> aiohttp.ClientSession:
+    """A session that keeps connections per peer and accepts nothing it did not ask for.
+
+    Of a name with several addresses all are tried, each a quarter of a second after the one before (RFC 8305).
+    """
+    names = _Names(resolver or Resolver())
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0, socket_factory=_make_socket),
+        connector=aiohttp.TCPConnector(
+            limit=0,
+            keepalive_timeout=30.0,
+            resolver=names,
+            happy_eyeballs_delay=_NEXT_ADDRESS_S,
+            socket_factory=_make_socket,
+        ),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=timeout,
         auto_decompress=False,  # a compressed answer is never asked for, and could be a bomb
@@ -154,6 +191,8 @@ def unreachable(endpoint: Endpoint, error: BaseException) -> PeerUnreachableErro
     refused = error.certificate_error if isinstance(error, aiohttp.ClientConnectorCertificateError) else error
     if isinstance(refused, CertificateRefused):
         return PeerIdentityError(f"{endpoint} was not called: {refused.error}")
+    if isinstance(error, aiohttp.ClientConnectorDNSError) and isinstance(error.os_error, NameLookupError):
+        return NameLookupError(f"{endpoint} cannot be reached: {error.os_error}; is the node up, and its name right?")
     reason = str(error) or type(error).__name__
     if isinstance(error, asyncio.TimeoutError):
         reason = f"no answer in time ({reason})"

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
 import ssl
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from p2pmoe.errors import OverloadedError
 from p2pmoe.faults import attempt, own
 from p2pmoe.forks import shared
 from p2pmoe.rpc.http.admission import Admission, Ticket
+from p2pmoe.rpc.resolver import Resolver
 
 BACKLOG: Final = 128
 _ACCEPT_PAUSE_S: Final = 0.2
+_LOOKUP_TIMEOUT_S: Final = 5.0
+_PORT_ATTEMPTS: Final = 8
+_NOT_HERE: Final = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 _STOP_TIMEOUT_S: Final = 0.5
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset and leaves nothing behind
 
@@ -34,6 +39,7 @@ class Listener:
     Args:
         make_protocol: gets the connection's ticket, which the protocol gives back when the connection is lost.
         context: None for plain TCP.
+        resolver: looks up the name that is listened on.
     """
 
     def __init__(
@@ -44,7 +50,9 @@ class Listener:
         context: ssl.SSLContext | None,
         handshake_timeout_s: float,
         shutdown_timeout_s: float,
+        resolver: Resolver | None = None,
     ) -> None:
+        self._resolver = resolver or Resolver()
         self._make_protocol, self._admission = make_protocol, admission
         self._options: dict[str, Any] = {}
         if context is not None:
@@ -63,20 +71,44 @@ class Listener:
         return f"<Listener on {len(self._sockets)} sockets, {self._admission}>"
 
     async def start(self, host: str, port: int) -> int:
-        """Listen on every address of `host`; the port. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        try:
-            for family, _, _, _, address in dict.fromkeys(found):
-                listening = _listen(family, (address[0], port, *address[2:]))
-                self._sockets.append(listening)
-                port = listening.getsockname()[1]  # of several addresses all get the port the system picked first
-        except OSError:
-            await self.close()
-            raise
+        """Listen on every address of `host`, of `::` on those of IPv4 too; the port. Raises OSError."""
+        hosts = await self._resolver.addresses(host, timeout_s=_LOOKUP_TIMEOUT_S)
+        if hosts == ["::"]:
+            hosts = ["::", "0.0.0.0"]  # noqa: S104 - what :: is said to mean; two sockets work on every system
+        attempts = 1 if port else _PORT_ATTEMPTS
+        for left in reversed(range(attempts)):
+            try:
+                port = self._listen_on(hosts, port)
+                break
+            except OSError as error:
+                self._close_sockets()
+                # The port that the system picked for the first address may be taken on the next one.
+                if not left or error.errno != errno.EADDRINUSE:
+                    raise
         for listening in self._sockets:
             own(self._accept(listening), self._accepting, "accepting connections")
         return port
+
+    def _listen_on(self, hosts: Sequence[str], port: int) -> int:
+        missing: OSError | None = None
+        for host in hosts:
+            try:
+                listening = _listen(host, port)
+            except OSError as error:
+                # A name like localhost may have an address of a kind that this machine has switched off.
+                if error.errno not in _NOT_HERE:
+                    raise
+                missing = missing or error
+                continue
+            self._sockets.append(listening)
+            port = listening.getsockname()[1]  # of several addresses all get the port the system picked first
+        if missing is not None and not self._sockets:
+            raise missing
+        return port
+
+    def _close_sockets(self) -> None:
+        while self._sockets:
+            self._sockets.pop().close()
 
     async def close(self) -> None:
         """Stop listening, drop handshakes under way. Open connections are their protocols' business."""
@@ -87,8 +119,7 @@ class Listener:
             task.cancel()
         if self._opening:
             await asyncio.wait(self._opening)
-        while self._sockets:
-            self._sockets.pop().close()
+        self._close_sockets()
 
     # -- private
 
@@ -152,15 +183,16 @@ class Listener:
             raise
 
 
-def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:
-    listening = socket.socket(family, socket.SOCK_STREAM)
+def _listen(host: str, port: int) -> socket.socket:
+    bare, _, scope = host.partition("%")
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         if os.name == "posix":  # elsewhere it would let another process take the port away
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
+        if listening.family == socket.AF_INET6:
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listening.setblocking(False)
-        listening.bind(address)
+        listening.bind((bare, port, 0, int(scope)) if scope.isdecimal() else (bare, port))
         listening.listen(BACKLOG)
     except BaseException:
         listening.close()

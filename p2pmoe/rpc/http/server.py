@@ -17,7 +17,9 @@ from p2pmoe.errors import (
     AddressInUseError,
     BadRequestError,
     CallError,
+    ConfigError,
     DecodeError,
+    NameLookupError,
     TooLargeError,
     WireVersionError,
 )
@@ -38,7 +40,7 @@ from p2pmoe.rpc.http.prompt_answer import PromptAnswers
 from p2pmoe.rpc.http.responses import SAFE_HEADERS, error_response, json_response
 from p2pmoe.rpc.http.sessions import Door
 from p2pmoe.rpc.http.tls import server_context
-from p2pmoe.types import WIRE_VERSION
+from p2pmoe.types import WIRE_VERSION, format_host_port
 
 _READ_BYTES = 1024 * 1024
 _RENEWAL_CHECK_S = 60.0
@@ -104,7 +106,7 @@ class HttpServer:
         return f"<HttpServer {self._config.host}:{self.port}: {requests} requests, {self._budget}>"
 
     async def start(self) -> None:
-        """Listen. Raises AddressInUseError when the port is taken or not allowed."""
+        """Listen. Raises AddressInUseError: the port is taken or not allowed; ConfigError: the host's name is none."""
         app = web.Application(middlewares=[self._answer_errors])
         app.add_routes(self._routes())
         self._runner = web.AppRunner(
@@ -271,8 +273,10 @@ class HttpServer:
         return web.Response(body=body, headers={**SAFE_HEADERS, hdrs.CONTENT_TYPE: content_type})
 
 
-def _listen_error(config: HttpConfig, error: OSError) -> AddressInUseError:
-    where = f"{config.host}:{config.port}"
+def _listen_error(config: HttpConfig, error: OSError) -> AddressInUseError | ConfigError:
+    where = format_host_port(config.host, config.port)
+    if isinstance(error, NameLookupError):
+        return ConfigError(f"http.host {config.host!r}: {error}; give an IP address of this machine")
     if error.errno == errno.EADDRINUSE:
         return AddressInUseError(f"HTTP port {where} is in use; choose another with [http] port, or 0 for any free one")
     return AddressInUseError(f"cannot listen on HTTP {where}: {error.strerror or error}; check [http] host and port")

@@ -44,6 +44,12 @@ class FakeSocket:
     family = socket.AF_INET6
     sent_bytes = 0
 
+    def getsockname(self) -> tuple[str, int, int, int]:
+        return "::", 4000, 0, 0
+
+    def getsockopt(self, _level: int, _option: int) -> int:
+        return 0
+
     def recvfrom(self, _size: int) -> tuple[bytes, Any]:
         raise BlockingIOError(errno.EAGAIN, "nothing waits")
 
@@ -95,7 +101,8 @@ def _check(server: SwarmServer) -> None:
     if len(server.table) > 64 or len(protocol.book) > MAX_QUEUED + MAX_OUTSTANDING or len(server.storage) > 16:
         raise AssertionError(f"{server!r} keeps too much")
     for contact in server.table:
-        if not d.is_sendable(socket.inet_pton(socket.AF_INET6 if ":" in contact.ip else socket.AF_INET, contact.ip)):
+        family, bare = socket.AF_INET6 if ":" in contact.ip else socket.AF_INET, contact.ip.partition("%")[0]
+        if not d.is_sendable(socket.inet_pton(family, bare)):
             raise AssertionError(f"{contact!r} was entered")
 
 

@@ -12,7 +12,7 @@ import pytest
 from dht_swarm import identity_of
 
 from p2pmoe.config import DHTConfig
-from p2pmoe.dht.addresses import bind, client_host, resolve
+from p2pmoe.dht.addresses import bind, client_host, has_ipv6
 from p2pmoe.dht.loop_thread import LoopThread
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.dht.observations import Observations
@@ -318,15 +318,10 @@ def test_a_state_file_that_cannot_be_written_is_told_of_once_a_day(tmp_path, cap
         ((), "127.0.0.1"),
         (("127.0.0.1:1", "localhost:2"), "127.0.0.1"),
         (("192.0.2.1:1",), "0.0.0.0"),
-        (("127.0.0.1:1", "example.org:2"), "0.0.0.0"),
-        (("[::1]:1",), "::"),
+        (("127.0.0.1:1", "example.org:2"), "::" if has_ipv6() else "0.0.0.0"),
+        (("[::1]:1",), "::" if has_ipv6() else "0.0.0.0"),
+        (("[::ffff:127.0.0.1]:1",), "127.0.0.1"),
     ],
 )
 def test_what_a_client_binds(peers, host):
     assert client_host(peers) == host
-
-
-async def test_names_that_do_not_resolve_are_left_out():
-    found = await resolve(["no.such.host.invalid:1", "127.0.0.1:2", "[::1]:3", "localhost:2"], ipv6=False, timeout_s=2)
-    assert found == [("127.0.0.1", 2)]
-    assert ("::1", 3) in await resolve(["[::1]:3"], ipv6=True, timeout_s=2)

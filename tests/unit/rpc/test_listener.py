@@ -13,8 +13,10 @@ from swarm_kit import WAIT_S
 
 from p2pmoe import faults
 from p2pmoe.config import LimitsConfig
+from p2pmoe.dht.addresses import has_ipv6
 from p2pmoe.rpc.http.admission import Admission, Ticket
 from p2pmoe.rpc.http.listener import Listener
+from p2pmoe.rpc.resolver import Resolver
 
 
 class Quiet(asyncio.Protocol):
@@ -95,3 +97,60 @@ async def test_whatever_a_connection_does_to_us_the_next_one_is_accepted(
     assert [each.getMessage() for each in caplog.records if each.exc_info] == [
         "accepting a connection failed unexpectedly"
     ]
+
+
+def listener(**options) -> Listener:
+    return Listener(
+        Quiet, Admission(LimitsConfig()), context=None, handshake_timeout_s=WAIT_S, shutdown_timeout_s=WAIT_S, **options
+    )
+
+
+async def connects(host: str, port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection(host, port)
+    except OSError:
+        return False
+    writer.close()
+    await writer.wait_closed()
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+async def test_two_colons_listen_on_ipv4_too_at_one_port() -> None:
+    both = listener()
+    port = await both.start("::", 0)
+    try:
+        assert await connects("127.0.0.1", port)
+        assert await connects("::1", port)
+    finally:
+        await both.close()
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+async def test_a_port_that_is_taken_on_one_of_the_addresses_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        both = listener()
+        with pytest.raises(OSError, match="in use"):
+            await both.start("::", other.getsockname()[1])
+        assert "0 sockets" in repr(both)
+
+
+def names(*hosts: str) -> Resolver:
+    return Resolver(lambda *_, **__: [(_family(host), 1, 6, "", (host, 0)) for host in hosts])
+
+
+def _family(host: str) -> int:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+async def test_a_name_listens_on_those_of_its_addresses_that_this_machine_has() -> None:
+    one = listener(resolver=names("203.0.113.77", "127.0.0.1", "127.0.0.2"))
+    port = await one.start("box.example", 0)
+    try:
+        assert "2 sockets" in repr(one)
+        assert await connects("127.0.0.1", port)
+    finally:
+        await one.close()
+    none = listener(resolver=names("203.0.113.77"))
+    with pytest.raises(OSError, match=r"assign|address"):
+        await none.start("box.example", 0)
