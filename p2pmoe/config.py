@@ -138,6 +138,8 @@ class LimitsConfig(Section, frozen=True):
     max_source_handshakes_per_s: Seconds = 20.0
     """The same of one source, after a pause `max_source_connections` at once."""
     handshake_timeout_s: Seconds = 5.0
+    source_documents_per_s: Rate = 100.0
+    """Documents and refusals that one source is answered, ten seconds' worth at once. Calls and health do not count."""
     max_http_head_bytes: Positive = 32 * 1024
     """Request line and header fields of one HTTP request."""
     http_head_timeout_s: Seconds = 10.0

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -32,6 +33,7 @@ from p2pmoe.rpc.http.server import HttpServer
 from p2pmoe.server.access import Access
 from p2pmoe.server.announcer import Announcer
 from p2pmoe.server.backend import ExpertBackend
+from p2pmoe.server.exposition import render_experts
 from p2pmoe.server.handlers import ExpertHandlers
 from p2pmoe.server.hosting import make_backends
 from p2pmoe.server.quota import CallerQuota
@@ -204,6 +206,7 @@ class Node:
             identity=_started(self._identity) if config.tls else None,
             server_name=self._server_name,
             render_metrics=self.metrics.render,
+            render_experts=partial(render_experts, self.metrics),
             doorkeeper=self._doorkeeper,
         )
         await server.start()

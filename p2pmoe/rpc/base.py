@@ -43,8 +43,8 @@ class Service(Protocol):
     def flush(self) -> None:
         """Everything received so far is queued: wake the devices."""
 
-    def experts(self) -> dict[str, Any]:
-        """Info of every expert by uid, as plain JSON values."""
+    def experts(self, after: str, limit: int) -> dict[str, Any]:
+        """A page of the experts behind a uid as plain JSON values, see `rpc.expert_pages`."""
 
     def expert(self, uid: str) -> dict[str, Any]:
         """Info of one expert. Raises UnknownExpertError."""

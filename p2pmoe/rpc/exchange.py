@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 from p2pmoe.errors import CallError, DecodeError, EncodeError, ExpertFailedError, OverloadedError, WireVersionError
 from p2pmoe.faults import attempt, unexpected
@@ -33,6 +34,8 @@ from p2pmoe.protocol.messages import (
 from p2pmoe.rpc.base import Flat, Service
 from p2pmoe.rpc.prompt import when_done
 from p2pmoe.types import LOCAL_CALLER, WIRE_VERSION, Caller
+
+MAX_MALFORMED: Final = 64
 
 
 class ByteBudget:
@@ -83,7 +86,9 @@ class ServerExchange:
         self._reader: FrameReader[RequestHeader] = FrameReader(request_decoder, limits)
         self._results: list[EncodedFrame] = []
         self._running: dict[asyncio.Future[Flat], int] = {}
-        self._calls = 0
+        self.calls = 0
+        """Frames that have come so far, those refused among them."""
+        self._malformed = 0
         self._reserved = 0  # bytes of the body being received
         self._receiving: RequestHeader | None = None
         self._closed = False
@@ -91,7 +96,7 @@ class ServerExchange:
         """The stream cannot be read further; the connection must not be reused."""
 
     def __repr__(self) -> str:
-        return f"<ServerExchange: {self._calls} calls, {len(self._running)} running, {len(self._results)} results>"
+        return f"<ServerExchange: {self.calls} calls, {len(self._running)} running, {len(self._results)} results>"
 
     @property
     def outstanding(self) -> int:
@@ -169,11 +174,14 @@ class ServerExchange:
             self._admit(event)
         else:
             self._count_call()
+            self._malformed += 1
+            if self._malformed > MAX_MALFORMED:  # eight bytes each, and nobody's quota counts them
+                raise DecodeError(f"more than {MAX_MALFORMED} malformed calls in one exchange")
             self._results.append(encode_frame(error_header(event.call_id, "", event.error)))
 
     def _count_call(self) -> None:
-        self._calls += 1
-        if self._calls > self._max_calls:
+        self.calls += 1
+        if self.calls > self._max_calls:
             raise DecodeError(f"more than {self._max_calls} calls in one exchange; split it", code=413)
 
     def _admit(self, event: HeaderReceived[RequestHeader]) -> None:

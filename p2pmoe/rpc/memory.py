@@ -21,6 +21,7 @@ import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
@@ -30,13 +31,13 @@ from p2pmoe.protocol.messages import ResponseHeader, response_decoder
 from p2pmoe.rpc.base import Service
 from p2pmoe.rpc.budget import SharedBudget
 from p2pmoe.rpc.exchange import ServerExchange
-from p2pmoe.types import LOCAL_CALLER, WIRE_VERSION, Caller, Endpoint
+from p2pmoe.rpc.expert_pages import EXPERTS_PATH, page_of_query
+from p2pmoe.types import LOCAL_CALLER, Caller, Endpoint
 
 Failure = Literal["refuse", "break_request", "break_answer", "lose_answer"]
 """What the caller loses: nobody listens; the last call is cut in two, those before it are computed and no result
 arrives; one result arrives; everything is computed and no result arrives."""
 _WITHHELD = ("break_request", "lose_answer")
-_EXPERTS_PATH = f"/p2pmoe/v{WIRE_VERSION}/experts"
 
 
 @dataclass(slots=True)
@@ -233,10 +234,12 @@ class MemoryTransport:
     async def get_json(self, endpoint: Endpoint, path: str) -> Any:
         """See `Transport.get_json`; the documents are `/p2pmoe/v1/experts` and those below it."""
         async with self._network.connect(endpoint, 0) as (host, _):
-            uid = path.removeprefix(_EXPERTS_PATH).removeprefix("/")
-            if not path.startswith(_EXPERTS_PATH):
+            where = urlsplit(path)
+            uid = where.path.removeprefix(EXPERTS_PATH).removeprefix("/")
+            if not where.path.startswith(EXPERTS_PATH):
                 raise BadRequestError(f"there is no document {path}")
-            document = host.service.expert(uid) if uid else {"experts": host.service.experts()}
+            page = page_of_query(dict(parse_qsl(where.query)))
+            document = host.service.expert(uid) if uid else host.service.experts(*page)
             return msgspec.json.decode(msgspec.json.encode(document))
 
     async def close(self) -> None:

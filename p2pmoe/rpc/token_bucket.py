@@ -7,6 +7,10 @@ that a tight limit slows large requests and never forbids them.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from typing import Final
+
+MAX_REMEMBERED: Final = 4096
 
 
 class TokenBucket:
@@ -37,3 +41,28 @@ class TokenBucket:
             self._level = level - amount
             return 0.0
         return (needed - level) / self._rate
+
+
+class TokenBuckets:
+    """A bucket for each of many keys, made on first use; of more than 4,096 the one that was silent longest goes."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self._rate, self._burst = rate, burst
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<TokenBuckets: {len(self._buckets)} keys>"
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def take(self, key: str, amount: float, now: float) -> float:
+        """See `TokenBucket.take`."""
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = TokenBucket(self._rate, self._burst, now)
+            if len(self._buckets) > MAX_REMEMBERED:
+                self._buckets.popitem(last=False)
+        else:
+            self._buckets.move_to_end(key)
+        return bucket.take(amount, now)

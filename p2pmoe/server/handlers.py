@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from p2pmoe.config import LimitsConfig
-from p2pmoe.errors import BadRequestError, CallError, DrainingError, ExpertFailedError, UnknownExpertError
-from p2pmoe.metrics import NodeMetrics
+from p2pmoe.errors import BadRequestError, CallError, DrainingError, ExpertFailedError
+from p2pmoe.metrics import UNKNOWN, NodeMetrics
 from p2pmoe.protocol.frames import Frame
 from p2pmoe.protocol.messages import RequestHeader, TensorHeader
 from p2pmoe.protocol.nested import nested_flatten
-from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tensor, schema_to_json
+from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tensor
 from p2pmoe.rpc.base import Flat
+from p2pmoe.rpc.expert_pages import MAX_PAGE_EXPERTS
 from p2pmoe.rpc.prompt import when_done
 from p2pmoe.server.backend import ExpertBackend
+from p2pmoe.server.listing import ExpertListing
 from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.replay import ReplayWindow
 from p2pmoe.server.runtime import Runtime
@@ -72,13 +74,13 @@ class ExpertHandlers:
         self.backends = {backend.name: backend for backend in backends}
         self._runtimes = list(runtimes)
         self._metrics = metrics
-        self._peer_id = peer_id
         self._replay = replay or ReplayWindow()
         self._quota = quota or CallerQuota(LimitsConfig(), clock=time.monotonic)
         self._passes = {
             (uid, name): plan for uid, backend in self.backends.items() for name, plan in _plan_passes(backend).items()
         }
         self._stats = {plan.pool.uid: metrics.stats(uid, direction) for (uid, direction), plan in self._passes.items()}
+        self._listing = ExpertListing(self.backends, peer_id, self._answered)
         self._draining = False
         self._last_ready = (0.0, False)
 
@@ -126,33 +128,13 @@ class ExpertHandlers:
         for runtime in self._runtimes:
             runtime.wake()
 
-    def experts(self) -> dict[str, Any]:
+    def experts(self, after: str = "", limit: int = MAX_PAGE_EXPERTS) -> dict[str, Any]:
         """See `Service.experts`."""
-        return {uid: self.expert(uid) for uid in sorted(self.backends)}
+        return self._listing.page(after, limit)
 
     def expert(self, uid: str) -> dict[str, Any]:
         """See `Service.expert`."""
-        backend = self._backend(uid)
-        info = backend.get_info()
-        inputs, outputs = nested_flatten(backend.forward_schema), nested_flatten(backend.outputs_schema)
-        return {
-            "uid": uid,
-            "peer_id": self._peer_id,
-            "forward_schema": schema_to_json(info["forward_schema"]),
-            "outputs_schema": schema_to_json(info["outputs_schema"]),
-            "keyword_names": list(info["keyword_names"]),
-            "schema_digest": info["schema_digest"],
-            "repeatable": list(info["repeatable"]),
-            "updates": info["updates"],
-            "requests": sum(self._stats[pool.uid].outcomes["ok"] for pool in backend.get_pools()),
-            "oip": {
-                "name": uid,
-                "versions": ["1"],
-                "platform": "p2pmoe",
-                "inputs": _oip_tensors(inputs),
-                "outputs": _oip_tensors(outputs),
-            },
-        }
+        return self._listing.expert(uid)
 
     async def ready(self) -> bool:
         """Whether an expert computes: one real forward in eval mode, at most once a second. It leaves no trace."""
@@ -190,6 +172,9 @@ class ExpertHandlers:
 
     # -- private
 
+    def _answered(self, backend: ExpertBackend) -> int:
+        return sum(self._stats[pool.uid].outcomes["ok"] for pool in backend.get_pools())
+
     def _queue(self, frame: Frame[RequestHeader], caller: Caller) -> asyncio.Future[Flat]:
         header = frame.header
         plan = self._plan(header)
@@ -207,23 +192,17 @@ class ExpertHandlers:
         task = plan.pool.submit(frame.tensors, deadline=deadline, caller=caller.key, manner=manner, alone=alone)
         return self._replay.first(header.id, header.model_name, plan.pool, task)
 
-    def _backend(self, uid: str) -> ExpertBackend:
-        backend = self.backends.get(uid)
-        if backend is None:
-            raise UnknownExpertError(f"this node does not host {uid[:128]!r}; look it up again, it may have moved")
-        return backend
-
     def _plan(self, header: RequestHeader) -> _Pass:
         plan = self._passes.get((header.model_name, header.parameters.direction))
         if plan is None:
-            self._backend(header.model_name)
+            self._listing.backend(header.model_name)
             raise BadRequestError(f"pass must be 'forward' or 'backward', got {header.parameters.direction[:32]!r}")
         return plan
 
     def _labels(self, header: RequestHeader) -> tuple[str, str]:
         """Never a name that a stranger made up: labels cost memory for ever."""
         known = (header.model_name, header.parameters.direction) in self._passes
-        return (header.model_name, header.parameters.direction) if known else ("unknown", "unknown")
+        return (header.model_name, header.parameters.direction) if known else (UNKNOWN, UNKNOWN)
 
     async def _try_forward(self) -> bool:
         if not self.backends:
@@ -303,10 +282,3 @@ def _check_schema(plan: _Pass, header: RequestHeader) -> None:
 
 def _names_in_order(tensors: tuple[TensorHeader, ...]) -> bool:
     return all(tensor.name == str(index) for index, tensor in enumerate(tensors))
-
-
-def _oip_tensors(protos: tuple[Any, ...]) -> list[dict[str, Any]]:
-    return [
-        {"name": str(index), "datatype": proto.datatype, "shape": [-1, *proto.shape]}
-        for index, proto in enumerate(protos)
-    ]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypedDict
+from functools import partial
+from typing import Final, TypedDict
 
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.experts.directory import ExpertRecord
-from p2pmoe.types import WIRE_VERSION, Endpoint
+from p2pmoe.rpc.expert_pages import ListedExpert, follow_pages
+from p2pmoe.types import Endpoint
+
+_ASK_S: Final = 5.0
+_UNKNOWN: Final = ListedExpert()
 
 
 class ExpertCount(TypedDict):
@@ -30,31 +35,28 @@ def count_experts(swarm: Swarm, pattern: str) -> list[ExpertCount]:
     return [_count(record, answers[record.endpoint]) for record in records]
 
 
-async def _ask_all(swarm: Swarm, endpoints: list[Endpoint]) -> dict[Endpoint, Any]:
+async def _ask_all(swarm: Swarm, endpoints: list[Endpoint]) -> dict[Endpoint, dict[str, ListedExpert]]:
     answers = await asyncio.gather(*(_ask(swarm, endpoint) for endpoint in endpoints))
     return dict(zip(endpoints, answers, strict=True))
 
 
-async def _ask(swarm: Swarm, endpoint: Endpoint) -> Any:
+async def _ask(swarm: Swarm, endpoint: Endpoint) -> dict[str, ListedExpert]:
+    """What the node says of its experts, as far as it came in time."""
+    stated: dict[str, ListedExpert] = {}
     try:
-        async with asyncio.timeout(5.0):
-            return await swarm.transport.get_json(endpoint, f"/p2pmoe/v{WIRE_VERSION}/experts")
+        async with asyncio.timeout(_ASK_S):
+            async for page in follow_pages(partial(swarm.transport.get_json, endpoint)):
+                stated.update(page)
     except (P2PMoEError, TimeoutError):
-        return None
+        pass
+    return stated
 
 
-def _count(record: ExpertRecord, answer: Any) -> ExpertCount:
-    experts = answer.get("experts") if isinstance(answer, dict) else None
-    stated = experts.get(record.uid) if isinstance(experts, dict) else None
+def _count(record: ExpertRecord, answer: dict[str, ListedExpert]) -> ExpertCount:
+    stated = answer.get(record.uid, _UNKNOWN)
     return {
         "uid": record.uid,
         "peer_id": record.peer_id,
-        "updates": _number(stated, "updates"),
-        "requests": _number(stated, "requests"),
+        "updates": stated.updates,
+        "requests": stated.requests,
     }
-
-
-def _number(stated: Any, key: str) -> int | None:
-    """A peer's word is checked before it is believed."""
-    value = stated.get(key) if isinstance(stated, dict) else None
-    return value if type(value) is int and 0 <= value < 2**63 else None

@@ -13,16 +13,14 @@ A source is what `source_of` says: an IPv4 address or an IPv6 network.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Final
 
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import OverloadedError
-from p2pmoe.rpc.token_bucket import TokenBucket
+from p2pmoe.rpc.token_bucket import MAX_REMEMBERED, TokenBucket, TokenBuckets
 from p2pmoe.types import source_of
 
-MAX_REMEMBERED_SOURCES: Final = 4096
+MAX_REMEMBERED_SOURCES = MAX_REMEMBERED
 
 
 class Ticket:
@@ -52,7 +50,8 @@ class Admission:
         self._open: dict[str, int] = {}
         self._total = 0
         self._all = TokenBucket(limits.max_handshakes_per_s, max(1, limits.max_connections), clock())
-        self._sources: OrderedDict[str, TokenBucket] = OrderedDict()
+        # Whoever has more networks than are remembered is bounded by the rate of all.
+        self._sources = TokenBuckets(limits.max_source_handshakes_per_s, max(1, limits.max_source_connections))
         self.refused = 0
 
     def __repr__(self) -> str:
@@ -87,21 +86,8 @@ class Admission:
             return f"{self._total} connections are open, limits.max_connections allows no more"
         if held >= limits.max_source_connections:
             return f"{source} has {held} connections open, limits.max_source_connections allows no more"
-        if self._bucket(source, now).take(1.0, now):
+        if self._sources.take(source, 1.0, now):
             return f"{source} opens over limits.max_source_handshakes_per_s connections a second"
         if self._all.take(1.0, now):
             return "over limits.max_handshakes_per_s connections are opened a second"
         return None
-
-    def _bucket(self, source: str, now: float) -> TokenBucket:
-        bucket = self._sources.get(source)
-        if bucket is None:
-            limits = self._limits
-            bucket = TokenBucket(limits.max_source_handshakes_per_s, max(1, limits.max_source_connections), now)
-            self._sources[source] = bucket
-            if len(self._sources) > MAX_REMEMBERED_SOURCES:
-                # Whoever has that many networks is bounded by the rate of all.
-                self._sources.popitem(last=False)
-        else:
-            self._sources.move_to_end(source)
-        return bucket

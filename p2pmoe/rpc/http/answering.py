@@ -45,6 +45,11 @@ class AnsweredExchange:
         self._gathering = False
         self._writer: asyncio.Task[None] | None = None
 
+    @property
+    def calls(self) -> int:
+        """How many have come so far."""
+        return self._calls.calls
+
     async def run(self) -> web.StreamResponse:
         try:
             await self._read_calls()

@@ -20,6 +20,7 @@ from p2pmoe.errors import (
     ConfigError,
     DecodeError,
     NameLookupError,
+    OverloadedError,
     TooLargeError,
     WireVersionError,
 )
@@ -30,22 +31,29 @@ from p2pmoe.protocol.frames import FrameLimits
 from p2pmoe.protocol.messages import version_mismatch
 from p2pmoe.rpc.base import Doorkeeper, Service
 from p2pmoe.rpc.budget import SharedBudget
+from p2pmoe.rpc.expert_pages import page_of_query
 from p2pmoe.rpc.http.admission import Admission, Ticket
 from p2pmoe.rpc.http.answering import AnsweredExchange
 from p2pmoe.rpc.http.connection import Connection, ConnectionWatch
 from p2pmoe.rpc.http.documents import EXCHANGE_PATH, WIRE_VERSION_HEADER
 from p2pmoe.rpc.http.infer import infer
 from p2pmoe.rpc.http.listener import Listener
+from p2pmoe.rpc.http.metrics_pages import Exposition, MetricsPages
 from p2pmoe.rpc.http.prompt_answer import PromptAnswers
 from p2pmoe.rpc.http.responses import SAFE_HEADERS, error_response, json_response
 from p2pmoe.rpc.http.sessions import Door
+from p2pmoe.rpc.http.shared import Shared
 from p2pmoe.rpc.http.tls import server_context
-from p2pmoe.types import WIRE_VERSION, format_host_port
+from p2pmoe.rpc.token_bucket import TokenBuckets
+from p2pmoe.types import WIRE_VERSION, format_host_port, source_of
 
 _READ_BYTES = 1024 * 1024
 _RENEWAL_CHECK_S = 60.0
 _MAX_FIELD_BYTES = 8190  # of the request line and of each header field
 _MAX_FIELDS = 64
+_READY_S = 1.0
+_BURST_S = 10.0
+_UNCOUNTED = frozenset({EXCHANGE_PATH, "/v2/health/live", "/v2/health/ready"})  # calls have limits of their own
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -74,7 +82,8 @@ class HttpServer:
         *,
         identity: Identity | None = None,
         server_name: str,
-        render_metrics: Callable[[], tuple[bytes, str]],
+        render_metrics: Callable[[], Exposition],
+        render_experts: Callable[[str, str], Exposition] | None = None,
         doorkeeper: Doorkeeper | None = None,
     ) -> None:
         self._service = service
@@ -84,7 +93,9 @@ class HttpServer:
         self._budget = SharedBudget(limits.max_inflight_bytes)
         self._certificate = CertificateSource(identity, server_context()) if identity else None
         self._server_name = server_name
-        self._render_metrics = render_metrics
+        self._metrics = MetricsPages(render_metrics, render_experts)
+        self._is_ready = Shared(self._ask_ready, _READY_S)
+        self._documents = TokenBuckets(limits.source_documents_per_s, _BURST_S * limits.source_documents_per_s)
         self._door = Door(doorkeeper, read_timeout_s=limits.idle_read_timeout_s)
         self._runner: web.AppRunner | None = None
         self._watch = ConnectionWatch(limits)
@@ -149,6 +160,8 @@ class HttpServer:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+        await self._metrics.close()
+        await self._is_ready.close()
 
     # -- connections
 
@@ -199,7 +212,7 @@ class HttpServer:
             web.get("/v2/health/ready", self._ready),
             *models,
             *self._door.routes(),
-            web.get("/metrics", self._metrics),
+            web.get("/metrics", self._metrics_page),
         ]
 
     @web.middleware
@@ -208,6 +221,8 @@ class HttpServer:
         assert task is not None
         self._running.add(task)
         try:
+            if request.path not in _UNCOUNTED and not request.path.endswith("/infer"):
+                self._count_document(request)
             self._check_version(request)
             if request.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
                 raise BadRequestError("compressed bodies are not read; send it without Content-Encoding")
@@ -226,6 +241,15 @@ class HttpServer:
             if version != str(WIRE_VERSION):
                 raise WireVersionError(version_mismatch(version[:32]))
 
+    def _count_document(self, request: web.Request) -> None:
+        """Raises OverloadedError: also for what is refused or not there, which costs as much."""
+        rate = self._limits.source_documents_per_s
+        wait_s = self._documents.take(source_of(request.remote or ""), 1.0, asyncio.get_running_loop().time())
+        if wait_s:
+            error = OverloadedError(f"over {rate:g} documents a second of one address; try again after {wait_s:.3g} s")
+            error.retry_after_s = wait_s
+            raise error
+
     async def _exchange(self, request: web.Request) -> web.StreamResponse:
         caller = self._door.identify(request.headers.get(hdrs.AUTHORIZATION), request.remote or "")
         if (request.content_length or 0) > self._limits.max_exchange_bytes:
@@ -234,7 +258,11 @@ class HttpServer:
                 f"{self._limits.max_exchange_bytes}; split it"
             )
         budget = self._budget.of(caller.key)
-        return await AnsweredExchange(request, caller, self._service, self._frame_limits, budget, self._limits).run()
+        exchange = AnsweredExchange(request, caller, self._service, self._frame_limits, budget, self._limits)
+        response = await exchange.run()
+        if not exchange.calls:  # none that the service has counted
+            self._count_document(request)
+        return response
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
         caller = self._door.identify(request.headers.get(hdrs.AUTHORIZATION), request.remote or "")
@@ -243,7 +271,7 @@ class HttpServer:
         )
 
     async def _experts(self, request: web.Request) -> web.Response:
-        return json_response({"experts": self._service.experts()})
+        return json_response(self._service.experts(*page_of_query(request.query)))
 
     async def _expert(self, request: web.Request) -> web.Response:
         return json_response(self._service.expert(request.match_info["uid"]))
@@ -255,8 +283,11 @@ class HttpServer:
         return json_response({"live": True})
 
     async def _ready(self, request: web.Request) -> web.Response:
-        ready = not self._service.draining and await self._service.ready()
+        ready = not self._service.draining and await self._is_ready.get()
         return json_response({"ready": ready}, 200 if ready else 503)
+
+    async def _ask_ready(self) -> bool:
+        return await self._service.ready()
 
     async def _model_metadata(self, request: web.Request) -> web.Response:
         return json_response(self._service.expert(request.match_info["uid"])["oip"])
@@ -267,9 +298,9 @@ class HttpServer:
         ready = not self._service.draining
         return json_response({"name": uid, "ready": ready}, 200 if ready else 503)
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def _metrics_page(self, request: web.Request) -> web.Response:
         self._door.check_admin(request)
-        body, content_type = self._render_metrics()
+        body, content_type = await self._metrics.get(request.query)
         return web.Response(body=body, headers={**SAFE_HEADERS, hdrs.CONTENT_TYPE: content_type})
 
 

@@ -49,8 +49,8 @@ class EchoService:
     def flush(self) -> None:
         """Nothing waits."""
 
-    def experts(self) -> dict[str, Any]:
-        return self._handlers.experts()
+    def experts(self, after: str, limit: int) -> dict[str, Any]:
+        return self._handlers.experts(after, limit)
 
     def expert(self, uid: str) -> dict[str, Any]:
         return self._handlers.expert(uid)

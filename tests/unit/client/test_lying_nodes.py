@@ -46,8 +46,10 @@ def liars(
         providers: dict[str, list[Provider]] = {}
         endpoints = {name: peer.endpoint for name, peer in world.peers.items()}
         for name, lie in lies.items():
-            experts = world.peers[name].handlers.experts()
-            documents = {f"/p2pmoe/v1/experts/{uid}": msgspec.json.encode(info) for uid, info in experts.items()}
+            handlers = world.peers[name].handlers
+            documents = {
+                f"/p2pmoe/v1/experts/{uid}": msgspec.json.encode(handlers.expert(uid)) for uid in handlers.backends
+            }
             endpoints[name] = stack.enter_context(serve_lie(lie, documents))
         for name, peer in world.peers.items():
             for uid, backend in peer.backends.items():

@@ -53,7 +53,7 @@ class FakeService:
     def flush(self) -> None:
         self.flushes += 1
 
-    def experts(self) -> dict[str, Any]:
+    def experts(self, after: str, limit: int) -> dict[str, Any]:
         return {}
 
     def expert(self, uid: str) -> dict[str, Any]:

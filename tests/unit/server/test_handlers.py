@@ -140,7 +140,7 @@ async def test_requests_and_updates_are_counted(alice: Peer) -> None:
     assert (document["requests"], document["updates"]) == (2, 1)
     assert document["peer_id"] == "alice"
     assert document["oip"]["inputs"] == [{"name": "0", "datatype": "FP32", "shape": [-1, 4]}]
-    assert list(alice.handlers.experts()) == ["bad.0", "ffn.0", "gate.0", "two.0"]
+    assert list(alice.handlers.experts()["experts"]) == ["bad.0", "ffn.0", "gate.0", "two.0"]
     with pytest.raises(UnknownExpertError):
         alice.handlers.expert("ffn.1")
 
