@@ -14,6 +14,7 @@
     │   ├── UnexpectedError         a callback or a task of this process raised what nobody foresaw
     │   ├── TorchModeError          torch is to record, transform or differentiate what it cannot see: a remote call
     │   ├── NotPicklableError       an object with threads and connections was to be pickled
+    │   ├── MemoryRefusedError      the system gives this process no memory for a tensor
     │   └── ClosedError             used after close()
     │       └── ForkedError         used in a process that was forked from the one that opened it
     └── RemoteError                 a peer's side: what it sent, what it answered, that it is silent
@@ -45,16 +46,22 @@
             ├── OverloadedError         429
             ├── ExpertFailedError       500  the expert raised; only its own batch is hurt
             ├── DrainingError           503
+            │   └── OutOfMemoryError         the system gives the node no memory for the call
             └── ExpiredCallError        504  the call's deadline passed before the device took it
 
-`CallError` has one class per status code of the wire format; `call_error(code, message)` picks it. The two under
-BadRequestError exist on the node alone: a caller sees their code and message.
+`CallError` has one class per status code of the wire format; `call_error(code, message)` picks it. Those under
+BadRequestError and DrainingError exist on the node alone: a caller sees their code and message.
 """
 
 from __future__ import annotations
 
+import errno
+import re
 from typing import ClassVar, Final
 
+_NO_MEMORY: Final = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|bad_alloc|cannot allocate memory", re.IGNORECASE
+)
 MAX_MESSAGE_CHARS: Final = 1000
 """Of an error that a peer answered."""
 
@@ -125,6 +132,10 @@ class TorchModeError(LocalError, RuntimeError):
 
 class NotPicklableError(LocalError, TypeError):
     """An object that holds threads and connections was to be pickled."""
+
+
+class MemoryRefusedError(LocalError, MemoryError):
+    """The system gives this process no memory for a tensor that is allowed to come."""
 
 
 class ClosedError(LocalError, RuntimeError):
@@ -284,9 +295,13 @@ class ExpertFailedError(CallError):
 
 
 class DrainingError(CallError):
-    """The node is shutting down and takes no new calls."""
+    """The node takes no calls now, mostly because it is shutting down."""
 
     code = 503
+
+
+class OutOfMemoryError(DrainingError, ExpertFailedError):
+    """The system gave the node no memory for this call; another node has some, or this one soon."""
 
 
 class ExpiredCallError(CallError):
@@ -311,6 +326,23 @@ _BY_CODE: dict[int, type[CallError]] = {
         ExpiredCallError,
     )
 }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the system refused memory; torch and the libraries below say so in words only."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error.args[0]) if error.args else ""))
+    )
+
+
+def out_of_memory(error: BaseException) -> OutOfMemoryError:
+    """What a caller is told when the system refused memory for its call."""
+    return OutOfMemoryError(
+        f"the node's system gives it no memory for this call now ({type(error).__name__}); send fewer rows a call, or "
+        f"ask another provider"
+    )
 
 
 def shown(text: str) -> str:

@@ -33,6 +33,7 @@ from p2pmoe.rpc.http.server import HttpServer
 from p2pmoe.server.access import Access
 from p2pmoe.server.announcer import Announcer
 from p2pmoe.server.backend import ExpertBackend
+from p2pmoe.server.descriptors import fit_connections
 from p2pmoe.server.exposition import render_experts
 from p2pmoe.server.handlers import ExpertHandlers
 from p2pmoe.server.hosting import make_backends
@@ -202,7 +203,7 @@ class Node:
         server = HttpServer(
             handlers,
             config,
-            self.config.limits,
+            fit_connections(self.config.limits),
             identity=_started(self._identity) if config.tls else None,
             server_name=self._server_name,
             render_metrics=self.metrics.render,

@@ -19,6 +19,7 @@ from p2pmoe.cli.stopping import StopSignals, exit_with_parent
 from p2pmoe.cli.terminal import finish_streams
 from p2pmoe.config import NodeConfig
 from p2pmoe.errors import P2PMoEError
+from p2pmoe.server.descriptors import allow_open_files
 
 if TYPE_CHECKING:
     from p2pmoe.node import Node
@@ -107,6 +108,7 @@ def node(
     }
     settings = load_node_config(config, flags)
     set_up_logs(settings.log)
+    allow_open_files(settings.limits.max_connections)
     asyncio.run(_serve(settings, as_json=as_json))
 
 

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import torch
 
-from p2pmoe.errors import DecodeError, EncodeError
+from p2pmoe.errors import DecodeError, EncodeError, MemoryRefusedError, is_out_of_memory
 from p2pmoe.protocol.depth import MAX_JSON_DEPTH
 from p2pmoe.protocol.messages import (
     RequestHeader,
@@ -337,7 +337,12 @@ class FrameReader(Generic[H]):
             raise DecodeError("the stream ended inside a frame; the body was truncated")
 
     def next_event(self) -> HeaderReceived[H] | FrameReceived[H] | FrameRefused | None:
-        """The next event, or None when more data is needed. Raises DecodeError when the stream is spoilt."""
+        """The next event, or None when more data is needed.
+
+        Raises:
+            DecodeError: the stream is spoilt.
+            MemoryRefusedError: there is no memory for the accepted frame; it is skipped, those behind it are read.
+        """
         if self._skip_bytes:
             skipped = min(self._skip_bytes, len(self._chunk))
             self._chunk = self._chunk[skipped:]
@@ -411,7 +416,7 @@ class FrameReader(Generic[H]):
 
     def _next_of_body(self, header: H) -> FrameReceived[H] | None:
         if self._sink is None:
-            self._sink = TensorSink(header.tensors, self._sizes)
+            self._sink = self._make_sink(header)
         if self._chunk:
             self._chunk = self._chunk[self._sink.write(self._chunk) :]
         if not self._sink.full:
@@ -419,6 +424,16 @@ class FrameReader(Generic[H]):
         frame = Frame(header, self._sink.tensors())
         self._sink = self._header = self._lengths = None
         return FrameReceived(frame)
+
+    def _make_sink(self, header: H) -> TensorSink:
+        try:
+            return TensorSink(header.tensors, self._sizes)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            count = sum(size for _, size in self._sizes)
+            self.skip()  # the frame is done with; those behind it may be smaller
+            raise MemoryRefusedError(f"the system gives no memory for {count} bytes of tensors") from error
 
 
 def check_sizes(tensors: Sequence[TensorHeader], body_bytes: int, limits: FrameLimits) -> list[tuple[torch.dtype, int]]:

@@ -10,7 +10,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from p2pmoe.errors import CallError, DecodeError, EncodeError, ExpertFailedError, OverloadedError, WireVersionError
+from p2pmoe.errors import (
+    CallError,
+    DecodeError,
+    EncodeError,
+    ExpertFailedError,
+    MemoryRefusedError,
+    OverloadedError,
+    WireVersionError,
+    is_out_of_memory,
+    out_of_memory,
+)
 from p2pmoe.faults import attempt, unexpected
 from p2pmoe.protocol.frames import (
     Buffer,
@@ -158,13 +168,23 @@ class ServerExchange:
 
     def _advance(self) -> None:
         try:
-            while (event := self._reader.next_event()) is not None:
+            while (event := self._next_event()) is not None:
                 self._handle(event)
         except DecodeError as error:
             self.break_off(error)
         self._service.flush()
         if self._results:  # refusals need not wait for the rest of the request
             self._wake()
+
+    def _next_event(self) -> HeaderReceived[RequestHeader] | FrameReceived[RequestHeader] | FrameRefused | None:
+        while True:
+            try:
+                return self._reader.next_event()
+            except MemoryRefusedError as error:
+                header, self._receiving = self._receiving or RequestHeader(), None
+                self._budget.give(self._reserved)
+                self._reserved = 0
+                self._fail(header, _call_error("receiving a call", error))
 
     def _handle(self, event: HeaderReceived[RequestHeader] | FrameReceived[RequestHeader] | FrameRefused) -> None:
         if isinstance(event, FrameReceived):
@@ -241,4 +261,6 @@ def _call_error(what: str, error: BaseException) -> CallError:
     """What a caller is told; what nobody foresaw is told to the log too."""
     if isinstance(error, CallError):
         return error
+    if is_out_of_memory(error):
+        return out_of_memory(error)
     return ExpertFailedError(f"the node failed: {unexpected(what, error, by_a_stranger=True)}")

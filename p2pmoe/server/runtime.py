@@ -16,7 +16,14 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from p2pmoe import forks
-from p2pmoe.errors import CallError, DrainingError, ExpertFailedError, NonFiniteResultError
+from p2pmoe.errors import (
+    CallError,
+    DrainingError,
+    ExpertFailedError,
+    NonFiniteResultError,
+    is_out_of_memory,
+    out_of_memory,
+)
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.doorbell import Doorbell
 from p2pmoe.server.devices import Device, Launched, Staged, open_device
@@ -236,6 +243,9 @@ class Runtime:
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
         self._observe(batch, 0.0, False)
+        if is_out_of_memory(error):
+            self._deliver_error(batch.tasks, out_of_memory(error))
+            return
         reason = str(error).partition("\n")[0][:500]
         self._deliver_error(
             batch.tasks, ExpertFailedError(f"{batch.pool.uid}: the expert failed: {type(error).__name__}: {reason}")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
@@ -13,10 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from frame_kit import call_bytes
 from swarm_kit import WAIT_S, Peer, World, make_backend, open_world, trusting_context
 
 from p2pmoe.config import HttpConfig, LimitsConfig
 from p2pmoe.errors import ConfigError
+from p2pmoe.protocol.frames import FrameLimits, FrameReader
+from p2pmoe.protocol.messages import RequestParameters, response_decoder
 
 LIMITS = LimitsConfig(
     http_head_timeout_s=0.3,
@@ -211,6 +215,61 @@ async def test_more_connections_than_one_source_may_have(world: World) -> None:
         async with asyncio.timeout(PATIENCE_S):
             while not await try_once():  # noqa: ASYNC110 - the state belongs to another thread
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "fields", ["", "Connection: keep-alive\r\n", "Expect: 100-continue\r\n", "Connection: close\r\n"]
+)
+@pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
+@pytest.mark.parametrize("rows", [1, 5000])
+async def test_two_calls_of_a_caller_of_any_age_are_both_answered(
+    world: World, version: str, fields: str, rows: int
+) -> None:
+    """Small results leave together; large ones as they come, which an old caller cannot be told the length of."""
+    body = b"".join(
+        call_bytes(torch.ones(rows, 4), id=each, model_name="ffn.0", parameters=RequestParameters()) for each in "ab"
+    )
+    head = f"POST /p2pmoe/v1/exchange {version}\r\nHost: x\r\n{fields}Content-Length: {len(body)}\r\n\r\n"
+    async with connect(world.alice) as (reader, writer):
+        writer.write(head.encode() + body)
+        answer = await reader.readuntil(b"\r\n\r\n")
+        if version == "HTTP/1.1" and "Expect" in fields:
+            assert answer.startswith(b"HTTP/1.1 100 ")
+            answer = await reader.readuntil(b"\r\n\r\n")
+        assert answer.startswith(f"{version} 200 OK".encode())
+        frames: FrameReader[Any] = FrameReader(response_decoder, FrameLimits())
+        found: dict[str, int] = {}
+        if b"chunked" in answer:
+            received = b""
+            while not received.endswith(b"0\r\n\r\n"):
+                received += await reader.read(65536)
+            data = b"".join(_chunks(received))
+        elif length := re.search(rb"Content-Length: (\d+)", answer):
+            data = await reader.readexactly(int(length[1]))
+        else:
+            data = await rest(reader)
+        frames.feed(data)
+        for frame in frames.accepted_frames(lambda _: True):
+            found[frame.header.id] = frame.header.code
+        assert found == {"a": 200, "b": 200}
+
+
+def _chunks(received: bytes) -> Iterator[bytes]:
+    while received:
+        size, _, received = received.partition(b"\r\n")
+        yield received[: int(size, 16)]
+        received = received[int(size, 16) + 2 :]
+
+
+async def test_a_head_request_gets_no_body_and_an_unknown_expectation_no_call(world: World) -> None:
+    async with connect(world.alice) as (reader, writer):
+        writer.write(b"HEAD /v2/health/live HTTP/1.0\r\n\r\n")
+        answer = await rest(reader)
+    assert answer.startswith(b"HTTP/1.0 200 OK")
+    assert answer.endswith(b"\r\n\r\n")
+    async with connect(world.alice) as (reader, writer):
+        writer.write(b"POST /p2pmoe/v1/exchange HTTP/1.1\r\nHost: x\r\nExpect: tea\r\nContent-Length: 0\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 417 ")
 
 
 async def test_deep_json(world: World) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from multidict import CIMultiDict
 
 from p2pmoe.config import LimitsConfig
@@ -148,8 +148,9 @@ class AnsweredExchange:
             response.force_close()  # the rest of the request is unread
         if complete:
             response.content_length = sum(frame.nbytes for frame in frames)
-        else:
+        elif self._request.version == HttpVersion11:
             response.enable_chunked_encoding()
+        # Another caller knows the end of the answer by that of the connection.
         await response.prepare(self._request)
         return response
 

@@ -9,10 +9,12 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import os
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -23,6 +25,7 @@ from p2pmoe.rpc.http.admission import Admission, Ticket
 from p2pmoe.rpc.resolver import Resolver
 
 BACKLOG: Final = 128
+COMPLAIN_EVERY_S: Final = 60.0
 _ACCEPT_PAUSE_S: Final = 0.2
 _LOOKUP_TIMEOUT_S: Final = 5.0
 _PORT_ATTEMPTS: Final = 8
@@ -65,6 +68,7 @@ class Listener:
         self._accepting: set[asyncio.Task[None]] = set()
         self._opening: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._complained_at = -math.inf
         self.failed_handshakes = 0
 
     def __repr__(self) -> str:
@@ -145,8 +149,7 @@ class Listener:
             except OSError as error:
                 if self._closing:
                     return
-                # Out of descriptors, mostly. Callers wait in the backlog meanwhile.
-                logger.warning("a connection could not be accepted: %s", error)
+                self._complain(error)
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
             if self._closing:
@@ -155,6 +158,17 @@ class Listener:
             # Whatever a connection does to us, the next one must be accepted.
             attempt("accepting a connection", self._take, connection, address, by_a_stranger=True)
             await asyncio.sleep(0)  # accepting a waiting caller does not yield by itself, and they may never end
+
+    def _complain(self, error: OSError) -> None:
+        """Out of descriptors, mostly. Callers wait in the backlog meanwhile; one line a minute tells of it."""
+        now = time.monotonic()
+        if now - self._complained_at >= COMPLAIN_EVERY_S:
+            self._complained_at = now
+            logger.warning(
+                "connections cannot be accepted, callers wait: %s; lower limits.max_connections, or let this process "
+                "open more files (ulimit -n)",
+                error.strerror or error,
+            )
 
     def _take(self, connection: socket.socket, address: tuple[Any, ...]) -> None:
         try:

@@ -23,6 +23,8 @@ from p2pmoe.errors import (
     OverloadedError,
     TooLargeError,
     WireVersionError,
+    is_out_of_memory,
+    out_of_memory,
 )
 from p2pmoe.faults import attempt
 from p2pmoe.identity import Identity
@@ -229,6 +231,10 @@ class HttpServer:
             return await handler(request)
         except (CallError, DecodeError) as error:
             return error_response(error)
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return error_response(out_of_memory(error))
         except web.HTTPException as error:
             return json_response({"error": f"{request.method} {request.path}: {error.reason}"}, error.status)
         finally:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import socket
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from swarm_kit import WAIT_S
@@ -154,3 +156,38 @@ async def test_a_name_listens_on_those_of_its_addresses_that_this_machine_has() 
     none = listener(resolver=names("203.0.113.77"))
     with pytest.raises(OSError, match=r"assign|address"):
         await none.start("box.example", 0)
+
+
+async def test_accepting_without_descriptors_is_one_line_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, now, left = asyncio.get_running_loop(), [1000.0], [130]
+    served = asyncio.Event()
+    accept = loop.sock_accept
+
+    async def scarce(listening: socket.socket) -> tuple[socket.socket, object]:
+        now[0] += 1.0
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return await accept(listening)
+
+    class Greeted(Quiet):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            served.set()
+
+    monkeypatch.setattr(loop, "sock_accept", scarce)
+    monkeypatch.setattr("p2pmoe.rpc.http.listener.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("p2pmoe.rpc.http.listener._ACCEPT_PAUSE_S", 0.0)
+    listener = Listener(
+        Greeted, Admission(LimitsConfig()), context=None, handshake_timeout_s=WAIT_S, shutdown_timeout_s=WAIT_S
+    )
+    port = await listener.start("127.0.0.1", 0)
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S):
+        await asyncio.wait_for(served.wait(), WAIT_S)
+        await listener.close()
+    assert [each.getMessage() for each in caplog.records] == 3 * [
+        "connections cannot be accepted, callers wait: Too many open files; lower limits.max_connections, or let this "
+        "process open more files (ulimit -n)"
+    ]

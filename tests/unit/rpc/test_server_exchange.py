@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from frame_kit import BAD_HEADERS, call_bytes
 
 from p2pmoe import faults
 from p2pmoe.errors import BadRequestError, DecodeError, OverloadedError, TooLargeError
+from p2pmoe.protocol import frames
 from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader, FrameReceived, FrameRefused
 from p2pmoe.protocol.messages import RequestHeader, RequestParameters, response_decoder
 from p2pmoe.rpc.exchange import ByteBudget, ServerExchange
@@ -61,6 +63,15 @@ class FakeService:
 
     async def ready(self) -> bool:
         return True
+
+
+NO_MEMORY = [
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4000000000000 bytes."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
 
 
 class Play:
@@ -249,6 +260,53 @@ async def test_an_exception_of_the_service_is_500_of_its_call_only() -> None:
     play.service.futures["a"].set_exception(ZeroDivisionError("x"))
     await play.answer("b")
     assert play.results() == [("a", 500), ("b", 200)]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+async def test_memory_refused_for_a_call_is_503_of_that_call_only(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While its tensors are made, while it waits, while it is computed, while its result is written."""
+    large = torch.ones(4, 2)
+
+    class ScarceSink(frames.TensorSink):
+        def __init__(self, headers: Any, sizes: Any) -> None:
+            if headers and headers[0].shape == (4, 2):
+                raise error
+            super().__init__(headers, sizes)
+
+    monkeypatch.setattr(frames, "TensorSink", ScarceSink)
+    play = Play()
+    data = call("a") + call("large", large) + call("b") + call("c")
+    for start in range(0, len(data), 7):
+        play.exchange.feed(data[start : start + 7])
+    play.exchange.feed_eof()
+    assert not play.exchange.broken
+    assert play.results() == [("large", 503)]
+    assert play.budget.held == 3 * X.nbytes
+    play.service.futures["a"].set_exception(error)
+    await asyncio.sleep(0)
+    assert play.results() == [("a", 503)]
+
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("p2pmoe.rpc.exchange.describe_tensors", refuse)
+        await play.answer("b")
+    await play.answer("c")
+    assert play.results() == [("b", 503), ("c", 200)]
+    assert play.budget.held == 0
+    assert caplog.records == []
+
+
+async def test_another_error_of_the_receiver_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(frames, "TensorSink", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        Play().exchange.feed(call("a"))
 
 
 async def test_a_result_that_cannot_be_encoded_is_500_of_its_call_only() -> None:

@@ -20,6 +20,7 @@ from p2pmoe.errors import (
     ExpertFailedError,
     ExpiredCallError,
     NonFiniteResultError,
+    OutOfMemoryError,
 )
 from p2pmoe.server import outbox
 from p2pmoe.server.task_pool import Batch, Task
@@ -156,6 +157,33 @@ async def test_the_thread_survives_every_exception(error: BaseException, start: 
         with pytest.raises(ExpertFailedError, match=type(error).__name__):
             await pool.submit_task(row(1.0))
         assert (await pool.submit_task(row(2.0)))[0].item() == 2.0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+async def test_memory_that_the_system_refuses_is_503_of_that_batch(
+    error: Exception, start: Callable[..., Runtime], caplog: pytest.LogCaptureFixture
+) -> None:
+    def explode(x: torch.Tensor) -> Flat:
+        if x[0, 0] == 1:
+            raise error
+        return (x,)
+
+    pool = TaskPool(explode)
+    start(pool)
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(OutOfMemoryError, match=f"no memory for this call now .{type(error).__name__}.") as caught:
+            await pool.submit_task(row(1.0))
+        assert (await pool.submit_task(row(2.0)))[0].item() == 2.0
+    assert caught.value.code == 503
+    assert all(each.exc_info is None for each in caplog.records)
 
 
 @pytest.mark.parametrize(
