@@ -247,7 +247,8 @@ class OptimizerConfig(Section, frozen=True):
     """`[optimizer]`: how each backward call trains the expert."""
 
     name: str = "adam"
-    """adam, adamw, sgd, rmsprop, adagrad, adadelta, adamax, nadam or radam."""
+    """adam, adamw, sgd, rmsprop, adagrad, adadelta, adamax, nadam or radam; sparse_adam for embeddings with sparse=True
+    alone; none for experts that are not trained, those without parameters among them."""
     lr: Annotated[float, Meta(ge=0)] = 1e-3
     options: dict[str, Any] = {}
     """More keyword arguments of the torch optimizer, e.g. {betas = [0.9, 0.99]}."""

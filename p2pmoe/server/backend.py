@@ -18,6 +18,7 @@ from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, n
 from p2pmoe.protocol.schema import BatchTensorProto, format_schema, schema_digest
 from p2pmoe.server.buffers import KeptBuffers
 from p2pmoe.server.module_state import evaluating, seeded
+from p2pmoe.server.optimizers import NoOptimizer, check_optimizer
 from p2pmoe.server.task_pool import TaskPool, manner_now
 from p2pmoe.server.trial import DUMMY_BATCH_SIZE, examine
 
@@ -33,7 +34,8 @@ class ExpertBackend(nn.Module):
         name: the expert's uid, e.g. "ffn.3.17".
         expert: any module whose arguments and outputs are tensors (nested tuples, lists and dicts of them) with
             the batch dimension first.
-        opt: its optimizer; stepped once a backward batch.
+        opt: its optimizer; stepped once a backward batch. None for an expert that is not trained: backward calls then
+            give gradients and change nothing.
         args_schema: nested BatchTensorProto of the positional arguments.
         kwargs_schema: the same of the keyword arguments.
         outputs_schema: the same of the outputs; found by dummy runs (`trial.py`) when left out, checked by them when
@@ -52,7 +54,7 @@ class ExpertBackend(nn.Module):
         self,
         name: str,
         expert: nn.Module,
-        opt: torch.optim.Optimizer,
+        opt: torch.optim.Optimizer | None,
         *,
         args_schema: Any = None,
         kwargs_schema: Mapping[str, Any] | None = None,
@@ -60,7 +62,9 @@ class ExpertBackend(nn.Module):
         **pool_options: Any,
     ) -> None:
         super().__init__()
-        self.name, self.expert, self.opt = name, expert, opt
+        self.name, self.expert = name, expert
+        self.opt: torch.optim.Optimizer = NoOptimizer() if opt is None else opt
+        check_optimizer(name, expert, self.opt)
         self.args_schema: tuple[Any, ...] = _as_args(args_schema)
         self.kwargs_schema: dict[str, Any] = dict(kwargs_schema or {})
         self.forward_schema = (self.args_schema, self.kwargs_schema)
@@ -89,7 +93,7 @@ class ExpertBackend(nn.Module):
         self._works_in_place = self.findings.works_in_place
         self.kept = KeptBuffers(expert, self.findings.rewritten)
         """What passes write besides parameters; a batch that trains changes them, nothing else does."""
-        trained = {id(each) for group in opt.param_groups for each in group["params"]}
+        trained = {id(each) for group in self.opt.param_groups for each in group["params"]}
         self._untrained = [each for each in expert.parameters() if id(each) not in trained]
         if type(self).apply_gradients is not ExpertBackend.apply_gradients:
             self._untrained.clear()  # it may train them by other means
@@ -160,10 +164,7 @@ class ExpertBackend(nn.Module):
                     self.kept.put_back()
                 else:
                     self.kept.return_to(written)  # checkpointing inside the expert runs parts of it twice
-                gradients = tuple(
-                    torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-                    for tensor in nested_flatten((args, kwargs))
-                )
+                gradients = tuple(map(_gradient_of, nested_flatten((args, kwargs))))
                 if self.before_step is not None:
                     self.before_step(gradients)
                 for parameter, gradient in earlier:
@@ -185,7 +186,12 @@ class ExpertBackend(nn.Module):
         """Step the optimizer and clear the gradients. Override to train differently."""
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
-        self.update_count += 1
+        self.update_count += self.is_trained
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether backward calls change it."""
+        return not isinstance(self.opt, NoOptimizer)
 
     def get_info(self) -> dict[str, Any]:
         """Schemas and keyword names, as the seed gives them, and the number of updates."""
@@ -291,6 +297,12 @@ def _as_args(schema: Any) -> tuple[Any, ...]:
 def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
     leaf = tensor.detach()
     return leaf.requires_grad_(True) if leaf.is_floating_point() or leaf.is_complex() else leaf
+
+
+def _gradient_of(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.grad is None:
+        return torch.zeros_like(tensor)
+    return tensor.grad if tensor.grad.layout is torch.strided else tensor.grad.to_dense()
 
 
 def _check_leaves(name: str, schema: Any) -> None:

@@ -167,7 +167,7 @@ class ExpertHandlers:
         stats.compute_seconds.observe(seconds)
         stats.batch_rows.observe(batch.rows)
         stats.queue_seconds.observe(batch.taken_at - min(task.arrived for task in batch.tasks))
-        if stats.direction == "backward":
+        if stats.direction == "backward" and self.backends[stats.expert].is_trained:
             stats.updates += 1
 
     # -- private
@@ -208,7 +208,7 @@ class ExpertHandlers:
         if not self.backends:
             return True
         backend = next(iter(self.backends.values()))
-        rows = tuple(proto.make_zeros(1) for proto in nested_flatten(backend.forward_schema))
+        rows = tuple(proto.make_zeros(1, "cpu") for proto in nested_flatten(backend.forward_schema))
         try:
             async with asyncio.timeout(_READY_TIMEOUT_S):
                 task = backend.forward_pool.submit(rows, manner=Manner("eval", seed=0), alone=True, is_probe=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -30,20 +30,52 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+_SPARSE_ONLY: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {"sparse_adam": torch.optim.SparseAdam}
+_SPARSE_TOO: Final = ("sgd", "adagrad", "sparse_adam")
+_DENSE_ONLY: Final = (
+    torch.optim.Adam,
+    torch.optim.RMSprop,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.ASGD,
+    torch.optim.Rprop,
+)
+
+
+class NoOptimizer(torch.optim.Optimizer):
+    """Of experts that are not trained, those without parameters among them: a step does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__([{"params": []}], {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing."""
+
+
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer that a config section describes. Raises ConfigError."""
-    kind = OPTIMIZERS.get(config.name)
+    if config.name == "none":
+        return NoOptimizer()
+    kind = OPTIMIZERS.get(config.name) or _SPARSE_ONLY.get(config.name)
     if kind is None:
-        raise ConfigError(f"optimizer.name: unknown optimizer {config.name!r}; known: {', '.join(OPTIMIZERS)}")
+        known_names = ", ".join([*OPTIMIZERS, *_SPARSE_ONLY, "none"])
+        why = " (it computes a step's loss several times, which a node cannot)" if config.name == "lbfgs" else ""
+        raise ConfigError(f"optimizer.name: unknown optimizer {config.name!r}{why}; known: {known_names}")
     if config.decay != "none" and config.total_steps is None:
         raise ConfigError(f"optimizer.total_steps: needed by decay = {config.decay!r}")
+    parameters = list(parameters)
+    if not parameters:
+        raise ConfigError("optimizer.name: the experts have no parameters to train; set optimizer.name = 'none'")
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()
     }
     known = inspect.signature(kind).parameters
     if unknown := [key for key in options if key not in known or key in ("params", "lr")]:
         raise ConfigError(f"optimizer.options.{unknown[0]}: {config.name} takes {', '.join(list(known)[2:])}")
-    if "fused" in known and not {"foreach", "capturable", "differentiable"} & options.keys():
+    suits = all(each.is_floating_point() for each in parameters if not nn.parameter.is_lazy(each))
+    if "fused" in known and suits and not {"foreach", "capturable", "differentiable"} & options.keys():
         options.setdefault("fused", True)  # one pass over memory a step instead of several
     try:
         optimizer = kind(parameters, lr=config.lr, **options)
@@ -53,6 +85,47 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
     if config.warmup_steps or config.decay != "none":
         _Schedule(config).attach(optimizer)
     return optimizer
+
+
+def check_optimizer(name: str, expert: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """That an optimizer can step with the gradients of an expert. Raises ConfigError in words.
+
+    Sparse gradients are known by the modules that say `sparse=True`, as `nn.Embedding` does.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    kind = type(optimizer).__name__
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"{name}: {kind} needs a closure that computes the loss again, which is not here but with the caller; use "
+            f"one of {', '.join(OPTIMIZERS)}"
+        )
+    sparse = {
+        id(parameter)
+        for module in expert.modules()
+        if getattr(module, "sparse", False) is True
+        for parameter in module.parameters(recurse=False)
+    }
+    trained = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    takes = " and ".join(_SPARSE_TOO[:2])
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        if any(id(parameter) not in sparse for _, parameter in trained):
+            raise ConfigError(
+                f"{name}: SparseAdam trains nothing but embeddings with sparse=True, and the expert has other "
+                f"parameters; use {takes}, which take both"
+            )
+        return
+    for group, parameter in trained:
+        if id(parameter) not in sparse:
+            continue
+        if isinstance(optimizer, _DENSE_ONLY):
+            raise ConfigError(
+                f"{name}: {kind} takes no sparse gradients, which the expert's embedding with sparse=True gives; use "
+                f"{', '.join(_SPARSE_TOO)}, or sparse=False"
+            )
+        if group.get("weight_decay"):
+            raise ConfigError(
+                f"{name}: {kind} takes no weight_decay with sparse gradients; leave it out, or sparse=True"
+            )
 
 
 def schedule_factor(config: OptimizerConfig, step: int) -> float:

@@ -53,7 +53,7 @@ class StepGuard:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._saved = None
-        gradients = [each.grad for each in _parameters(optimizer) if each.grad is not None]
+        gradients = _gather(optimizer)
         try:
             self._scale_down(gradients)
         except NonFiniteResultError:
@@ -73,7 +73,8 @@ class StepGuard:
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         saved, self._saved = self._saved, None
-        if saved is None or all(map(is_finite, _trained(optimizer))):
+        _gather_state(optimizer)
+        if saved is None or all(is_finite(_numbers(each)) for each in _trained(optimizer)):
             return
         _restore(optimizer, saved)
         optimizer.zero_grad(set_to_none=True)
@@ -91,13 +92,54 @@ def guard_steps(optimizer: torch.optim.Optimizer, max_norm: float | None = None)
 
 def require_finite(gradients: Iterable[torch.Tensor]) -> float:
     """The total norm of gradients. Raises NonFiniteResultError when one of them holds NaN or infinity."""
-    gradients = [each._values() if each.is_sparse else each for each in gradients]  # noqa: SLF001
-    total = math.hypot(*map(norm_after_pass, gradients))
+    dense = list(map(_numbers, gradients))
+    total = math.hypot(*map(norm_after_pass, dense))
     if not math.isfinite(total):
-        total = math.hypot(*map(exact_norm, gradients))
+        total = math.hypot(*map(exact_norm, dense))
     if not math.isfinite(total):
         raise NonFiniteResultError("the gradients of the parameters overflowed; the optimizer's step was not taken")
     return total
+
+
+def _gather(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The gradients of a step. A sparse one names a row as often as a batch did: one entry a row is what it means.
+
+    Fused steps take no sparse gradients: a group that has one is stepped without fusing from then on.
+    """
+    gradients: list[torch.Tensor] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (gradient := parameter.grad) is None:
+                continue
+            if gradient.layout is torch.sparse_coo:
+                _opt_out_of_checks()
+                gradient = parameter.grad = gradient.coalesce()
+                if group.get("fused"):
+                    group["fused"] = False
+            gradients.append(gradient)
+    return gradients
+
+
+def _opt_out_of_checks() -> None:
+    """Say that what torch does by default is meant; else it warns when an optimizer makes a sparse tensor."""
+    checks = torch.sparse.check_sparse_tensor_invariants
+    if not checks.is_enabled():
+        checks.disable()
+
+
+def _gather_state(optimizer: torch.optim.Optimizer) -> None:
+    """Momentum of sparse gradients is sparse, and grows with every step unless its entries are gathered."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.layout is torch.sparse_coo and not value.is_coalesced():
+                state[key] = value.coalesce()
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor stores, each place of it once."""
+    if tensor.layout is torch.strided:
+        return tensor
+    return tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.to_dense()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
