@@ -111,7 +111,9 @@ class InvalidUidError(LocalError, ValueError):
 
 
 class SchemaError(LocalError, ValueError):
-    """Arguments do not fit the schema of the expert they are meant for."""
+    """Arguments do not fit the schema of the expert they are meant for, or a grid is not the swarm's."""
+
+    exit_code = 3
 
 
 class EncodeError(LocalError, ValueError):

@@ -56,6 +56,9 @@ def train(
     hidden_dim: Annotated[
         int | None, typer.Option("--hidden-dim", min=1, help="Width of the experts; found out if left out.")
     ] = None,
+    partial_grid: Annotated[
+        bool, typer.Option("--partial-grid", help="The swarm's grid is larger than --grid; train through a part of it.")
+    ] = False,
     steps: Steps = 300,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
@@ -93,6 +96,7 @@ def train(
         k_best=k_best,
         uid_prefix=prefix,
         hidden_dim=hidden_dim,
+        partial_grid=partial_grid,
     )
     with Swarm(dht_config=dht, identity=key, swarm_key=secret) as swarm:
         result = train_with_display(swarm, make_task, options, console)

@@ -13,7 +13,7 @@ Shapes: B batch, G grid size of one dimension, K beam, L levels, T columns looke
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -56,18 +56,34 @@ class BeamSearch:
         name: the name in front of the coordinates: "ffn" of "ffn.3.17".
         beam_size: prefixes kept for each row at every level, and experts found at the last.
         masks: remembers which children were seen as which mask, from search to search.
+        schema_digest: the experts that count, and above them children that are prefixes; None counts all children.
+        barren: prefixes to pass over, because nothing below them counts.
     """
 
-    def __init__(self, scores: Sequence[torch.Tensor], name: str, beam_size: int, masks: MaskCache) -> None:
+    def __init__(
+        self,
+        scores: Sequence[torch.Tensor],
+        name: str,
+        beam_size: int,
+        masks: MaskCache,
+        schema_digest: str | None = None,
+        barren: Collection[str] = (),
+    ) -> None:
         self._scores = scores
         self._name = name
         self._beam_size = beam_size
         self._masks = masks
+        self._schema_digest = schema_digest
+        self._barren: dict[str, list[int]] = {}
+        for prefix in barren:
+            parent, _, child = prefix[:-1].rpartition(".")
+            self._barren.setdefault(f"{parent}.", []).append(int(child))
         rows = len(scores[0])
         self._coordinates = torch.zeros(rows, 1, 0, dtype=torch.int64, device="cpu")
         self._totals = torch.zeros(rows, 1, dtype=scores[0].dtype, device="cpu")
         self._level = 0
         self._children: Mapping[str, Children] = {}
+        self._last_prefixes: list[str] = []
         self._group()
 
     def __repr__(self) -> str:
@@ -80,17 +96,34 @@ class BeamSearch:
     def advance(self, children: Mapping[str, Children]) -> None:
         """Take one step with the children of every wanted prefix."""
         scores_BG = self._scores[self._level]
-        alive_UG = torch.stack([self._masks.mask(p, children.get(p, {}), scores_BG.shape[1]) for p in self._prefixes])
+        alive_UG = torch.stack([self._alive(p, children.get(p, {}), scores_BG.shape[1]) for p in self._prefixes])
         self._totals, parents_BK, columns_BK = self._best(scores_BG.to(self._totals.dtype), alive_UG)
         parents = self._coordinates.gather(1, parents_BK.unsqueeze(-1).expand(-1, -1, self._level))
         self._coordinates = torch.cat([parents, columns_BK.unsqueeze(-1)], dim=-1)
-        self._children = children
+        self._children, self._last_prefixes = children, self._prefixes
         self._level += 1
         self._group()
 
     def found(self, k: int) -> Found:
         """The `k` best of each row."""
         return Found(self._coordinates[:, :k], self._totals[:, :k] > _NEVER, self._children)
+
+    def barren(self) -> list[str]:
+        """After the search: the prefixes that it followed and that hold nothing that counts."""
+        if self._level < max(2, len(self._scores)):
+            return []
+        size = self._scores[-1].shape[1]
+        return [p for p in self._last_prefixes if not bool(self._alive(p, self._children.get(p, {}), size).any())]
+
+    def _alive(self, prefix: str, children: Children, grid: int) -> torch.Tensor:
+        """Bool [G]: the children that count."""
+        is_last = prefix.count(".") == len(self._scores)
+        digest = self._schema_digest if is_last or self._schema_digest is None else ""
+        mask = self._masks.mask(prefix, children, grid, digest)
+        if passed_over := [child for child in self._barren.get(prefix, ()) if child < grid]:
+            mask = mask.clone()
+            mask[passed_over] = False
+        return mask
 
     def _best(self, scores_BG: torch.Tensor, alive_UG: torch.Tensor) -> _Best:
         """The best of every row's (parent, column) pairs: their totals, parents and columns, all [B, K].
@@ -161,23 +194,25 @@ class MaskCache:
 
     def __init__(self, limit: int = 65_536) -> None:
         self._limit = limit
-        self._masks: dict[str, tuple[Children, torch.Tensor]] = {}
+        self._masks: dict[str, tuple[Children, str | None, torch.Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> MaskCache:
         """An empty one: the copied layer's searches fill it again."""
         return MaskCache(self._limit)
 
-    def mask(self, prefix: str, children: Children, grid: int) -> torch.Tensor:
-        """Bool [G]: which coordinates somebody hosts."""
+    def mask(self, prefix: str, children: Children, grid: int, schema_digest: str | None = None) -> torch.Tensor:
+        """Bool [G]: which coordinates somebody hosts, with this schema unless it is None."""
         known = self._masks.get(prefix)
-        if known is not None and known[0] is children and len(known[1]) == grid:
-            return known[1]
+        if known is not None and known[0] is children and known[1] == schema_digest and len(known[2]) == grid:
+            return known[2]
         flags = bytearray(grid)
-        for coordinate in children:
+        for coordinate, providers in children.items():
             if coordinate < grid:
-                flags[coordinate] = 1
+                flags[coordinate] = schema_digest is None or any(
+                    each.schema_digest == schema_digest for each in providers
+                )
         mask = torch.frombuffer(flags, dtype=torch.bool)
         if len(self._masks) >= self._limit:
             self._masks.clear()
-        self._masks[prefix] = (children, mask)
+        self._masks[prefix] = (children, schema_digest, mask)
         return mask

@@ -7,7 +7,7 @@ a DHT.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -101,6 +101,17 @@ class StaticDirectory:
     def __repr__(self) -> str:
         return f"<StaticDirectory: {len(self._providers)} experts>"
 
+    def announce(self, uid: str, provider: Provider) -> None:
+        """One more provider of a uid."""
+        self._providers[uid] = (*self._providers.get(uid, ()), provider)
+
+    def withdraw(self, peer_id: PeerId) -> None:
+        """A peer provides nothing any more."""
+        self._providers = {
+            uid: tuple(each for each in providers if each.peer_id != peer_id)
+            for uid, providers in self._providers.items()
+        }
+
     def cached_prefix(self, prefix: str) -> Children | None:
         """See `Directory`."""
         children: dict[int, tuple[Provider, ...]] = {}
@@ -108,7 +119,10 @@ class StaticDirectory:
             if uid.startswith(prefix):
                 coordinate, _, below = uid[len(prefix) :].partition(".")
                 live = self._live(uid)
-                children[int(coordinate)] = children.get(int(coordinate), ()) + (live if not below else live[:1])
+                if below:  # a child that is only a prefix has no schema, as in the DHT
+                    named = {each.peer_id for each in children.get(int(coordinate), ()) if not each.schema_digest}
+                    live = tuple(replace(each, schema_digest="") for each in live if each.peer_id not in named)
+                children[int(coordinate)] = children.get(int(coordinate), ()) + live
         return {coordinate: providers for coordinate, providers in children.items() if providers}
 
     async def get_prefixes(self, prefixes: Sequence[str]) -> dict[str, Children]:

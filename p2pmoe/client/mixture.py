@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,16 +17,19 @@ import torch
 from torch import nn
 
 from p2pmoe.client.arguments import check_arguments, give_back
-from p2pmoe.client.beam_search import BeamSearch, Found, MaskCache, read_within
+from p2pmoe.client.beam_search import Found
 from p2pmoe.client.calls import CallGroup
 from p2pmoe.client.directory import ExpertInfo
+from p2pmoe.client.discovery import Wanted
 from p2pmoe.client.gating import ProductKeyGating, masked_softmax
 from p2pmoe.client.graph import always_differentiable
+from p2pmoe.client.grid_finder import GridFinder
 from p2pmoe.client.manner import manner_of
 from p2pmoe.client.mixture_pass import MixtureOptions, MixturePasses, Route
 from p2pmoe.client.routing import route
 from p2pmoe.client.swarm import Swarm
-from p2pmoe.errors import ExpertNotFoundError, P2PMoEError, SchemaError
+from p2pmoe.errors import P2PMoEError, SchemaError
+from p2pmoe.experts.offers import format_grid
 from p2pmoe.experts.uid import parse_uid, prefix_of
 from p2pmoe.protocol.modes import keeps_graph, out_of_compiled_graphs, refuse_tangents, refuse_tracing, require_plain
 from p2pmoe.protocol.nested import nested_map, nested_pack
@@ -79,6 +81,10 @@ class RemoteMixtureOfExperts(nn.Module):
             for every input, as a `torch.amp.GradScaler` needs; without it such a pass raises.
         beam_size: how many prefixes a row the search follows; at least k_best.
         search_timeout_s: how long one search may wait for the DHT; then it goes on with what it knows.
+        schema_digest: the only schema of experts to use. Without it the one that has most weight in the swarm of those
+            that fit `in_features`, `out_features` and the first input; others are ignored with a line in the log.
+        out_features: the width that experts must give; None takes any.
+        partial_grid: the swarm's grid is larger than `grid_size`, and a part of it is meant.
 
     Input [B, D] or [B, T, D] gives the same shape with the experts' output width. Experts that take whole
     sequences, [T, D] a row, are chosen by the mean over T. Further arguments are split by rows like the first.
@@ -91,7 +97,8 @@ class RemoteMixtureOfExperts(nn.Module):
     Calling it raises:
         ExpertsUnavailableError: some rows had too few answers; `rows` lists them.
         ExpertNotFoundError: no expert of this prefix is known at all (and zeros are not allowed).
-        SchemaError: the input does not fit the experts, or they give integers, which cannot be mixed.
+        SchemaError: the input does not fit the experts, they give integers, which cannot be mixed, or the grid is not
+            the swarm's.
         TorchModeError: torch.jit.trace, torch.func, forward-mode differentiation or a second derivative.
     """
 
@@ -113,6 +120,9 @@ class RemoteMixtureOfExperts(nn.Module):
         skip_non_finite: bool = False,
         beam_size: int | None = None,
         search_timeout_s: float = 5.0,
+        schema_digest: str | None = None,
+        out_features: int | None = None,
+        partial_grid: bool = False,
     ) -> None:
         super().__init__()
         name = uid_prefix.rstrip(".")
@@ -124,6 +134,11 @@ class RemoteMixtureOfExperts(nn.Module):
         self.swarm, self.uid_prefix = swarm, name
         self.gate = ProductKeyGating(in_features, grid_size)
         self.in_features, self.grid_size = in_features, self.gate.grid_size
+        if k_best > math.prod(self.grid_size):
+            raise SchemaError(
+                f"k_best={k_best} is more than the {math.prod(self.grid_size)} experts of a grid of "
+                f"{format_grid(self.grid_size)}"
+            )
         self.options = MixtureOptions(
             k_best=k_best,
             k_min=k_min,
@@ -138,11 +153,31 @@ class RemoteMixtureOfExperts(nn.Module):
             search_timeout_s=search_timeout_s,
         )
         self._passes = MixturePasses(swarm, self.options)
-        self._masks = MaskCache()
-        self._info: ExpertInfo | None = None
+        self._finder = GridFinder(
+            swarm,
+            Wanted(name, self.grid_size, schema_digest, partial_grid),
+            in_features=in_features,
+            out_features=out_features,
+            beam_size=self.options.beam_size,
+            k_best=k_best,
+            allow_nobody=allow_zero_outputs,
+            timeout_s=search_timeout_s,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.uid_prefix}, grid {self.grid_size}, k_best={self.options.k_best}, k_min={self.options.k_min}"
+
+    @property
+    def schema_digest(self) -> str | None:
+        """Of the experts that are used; None before the first call."""
+        return None if self._finder.info is None else self._finder.info.schema_digest
+
+    def check(self) -> None:
+        """Find out now whether prefix, grid and width fit what the swarm has, instead of at the first call.
+
+        Raises as a call does; ExpertNotFoundError also where zeros are allowed.
+        """
+        self.swarm.run(self._finder.check(), self.options.forward_timeout_s)
 
     # -- calling
 
@@ -188,19 +223,25 @@ class RemoteMixtureOfExperts(nn.Module):
         deadline = time.monotonic() + self.options.forward_timeout_s
         refuse_tracing(f"a mixture of {self.uid_prefix}")
         self._check_input(x)
-        if self._info is None:
-            self._info = yield self._discover()
-        if self._info is None:  # nobody is there, and zeros are allowed
+        if self._finder.info is None:
+            yield self._finder.find(x)
+        if (info := self._finder.info) is None:  # nobody is there, and zeros are allowed
             rows = x.reshape(-1, self.in_features)
             return self._nothing(rows, self._scores(rows), [torch.zeros_like(x)], None)
-        batch = self._prepare(self._info, x, args, kwargs)
+        batch = self._prepare(info, x, args, kwargs)
         scores, manner = self._scores(batch.gating_input), manner_of(self)
         if not len(batch.gating_input):
             empty = [proto.make_zeros(0, x.device).view(*batch.lead, *proto.shape) for proto in batch.info.outputs]
             zeros = give_back(empty, batch.dtype)
             return self._nothing(batch.inputs[0], scores, zeros, batch.info.outputs_schema)
         for attempt in range(_ATTEMPTS):
-            found = yield from self._search(scores)
+            found = yield from self._search(scores, batch.info)
+            if self._finder.should_look_again(found):
+                yield self._finder.look_again(x)
+                if (info := self._finder.info) is not None and info.schema_digest != batch.info.schema_digest:
+                    batch = self._prepare(info, x, args, kwargs)
+                    scores = self._scores(batch.gating_input)
+                    found = yield from self._search(scores, info)
             way = self._route(batch.info, found, manner)
             sorted_inputs = tuple(
                 tensor.index_select(0, way.routing.rows_P.to(tensor.device)) for tensor in batch.inputs
@@ -236,28 +277,6 @@ class RemoteMixtureOfExperts(nn.Module):
         """What the layer returns."""
         del scores, coordinates
         return mixed
-
-    async def _discover(self) -> ExpertInfo | None:
-        """The schema that most experts below one live prefix share."""
-        prefix = prefix_of(self.uid_prefix, ())
-        for level, size in enumerate(self.grid_size):
-            children = (await self.swarm.directory.get_prefixes([prefix]))[prefix]
-            inside = sorted(coordinate for coordinate in children if coordinate < size)
-            if not inside:
-                break
-            if level + 1 == len(self.grid_size):
-                counts = Counter(each.schema_digest for c in inside for each in children[c])
-                digest = counts.most_common(1)[0][0]
-                fitting = {c: [each for each in children[c] if each.schema_digest == digest] for c in inside}
-                uid, providers = next((f"{prefix}{c}", each) for c, each in fitting.items() if each)
-                return _mixable(uid, await self.swarm.expert_info(uid, providers))
-            prefix = f"{prefix}{inside[0]}."
-        if self.options.allow_zero_outputs:
-            return None
-        raise ExpertNotFoundError(
-            f"no expert below {self.uid_prefix}. is alive in grid {self.grid_size}; "
-            f"run `p2pmoe lookup '{self.uid_prefix}.*'` to see who is there"
-        )
 
     def _check_input(self, x: torch.Tensor) -> None:
         takes = f"a mixture of {self.uid_prefix} takes [B, {self.in_features}] or [B, T, {self.in_features}]"
@@ -312,17 +331,9 @@ class RemoteMixtureOfExperts(nn.Module):
             flat = flat.to(torch.float32)
         return flat.mean(1) if flat.shape[1] else flat.sum(1)
 
-    def _search(self, scores: Sequence[torch.Tensor]) -> Steps[Found]:
+    def _search(self, scores: Sequence[torch.Tensor], info: ExpertInfo) -> Steps[Found]:
         cpu_scores = [score.detach().to("cpu") for score in scores]
-        search = BeamSearch(cpu_scores, self.uid_prefix, self.options.beam_size, self._masks)
-        directory = self.swarm.directory
-        deadline = time.monotonic() + self.options.search_timeout_s
-        while wanted := search.wanted():
-            children = {prefix: directory.cached_prefix(prefix) for prefix in wanted}
-            if missing := [prefix for prefix, known in children.items() if known is None]:
-                children.update((yield read_within(directory, missing, _left(deadline))))
-            search.advance({prefix: known or {} for prefix, known in children.items()})
-        return search.found(self.options.k_best)
+        return (yield from self._finder.search(cpu_scores, info.schema_digest))
 
     def _route(self, info: ExpertInfo, found: Found, manner: Manner) -> Route:
         routing = route(found.coordinates, found.valid, self.grid_size)
@@ -347,17 +358,6 @@ class RemoteMixtureOfExperts(nn.Module):
             summed = total.index_add(0, rows_P, weighted).to(output.dtype if batch.dtype is None else batch.dtype)
             mixed.append(summed.view(*batch.lead, *output.shape[1:]))
         return batch.info.pack_outputs(mixed)
-
-
-def _mixable(uid: str, info: ExpertInfo) -> ExpertInfo:
-    """The same, of an expert whose outputs can be weighted and summed. Raises SchemaError."""
-    whole = next((str(proto) for proto in info.outputs if not proto.dtype.is_floating_point), None)
-    if whole is not None:
-        raise SchemaError(
-            f"{uid} gives {whole}: a mixture weights its experts' outputs and sums them, which integers cannot take. "
-            f"Call the expert itself, swarm.expert({uid!r}), or host experts that give floats only"
-        )
-    return info
 
 
 def _left(deadline: float) -> float:

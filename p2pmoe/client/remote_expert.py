@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -20,6 +20,7 @@ from p2pmoe.client.calls import CallGroup, make_call
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.graph import always_differentiable, input_gradients, keep_for_backward
 from p2pmoe.client.manner import manner_of
+from p2pmoe.client.offers import read_offers
 from p2pmoe.client.replies import check_finite, check_finite_async
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import (
@@ -32,10 +33,12 @@ from p2pmoe.errors import (
     OverloadedError,
     P2PMoEError,
     PeerUnreachableError,
+    SchemaError,
     TorchModeError,
     UnknownExpertError,
 )
 from p2pmoe.experts.directory import Provider
+from p2pmoe.experts.offers import Offer
 from p2pmoe.experts.uid import parse_uid
 from p2pmoe.protocol.messages import new_call_id
 from p2pmoe.protocol.modes import keeps_graph, out_of_compiled_graphs, refuse_tracing
@@ -101,6 +104,8 @@ class RemoteExpert(nn.Module):
         forward_timeout_s, backward_timeout_s: how long one pass may take, other providers included.
         skip_non_finite: a backward pass whose gradients hold NaN or infinity sends nothing and gives NaN for every
             input, as a `torch.amp.GradScaler` needs; without it such a pass raises.
+        schema_digest: the schema that is meant; without it, where several are announced, the one that has most weight
+            below the same name.
 
     Floating arguments are cast to the schema's dtype. If the first of them was, the outputs come back in its dtype.
 
@@ -121,6 +126,7 @@ class RemoteExpert(nn.Module):
         forward_timeout_s: float = 60.0,
         backward_timeout_s: float = 60.0,
         skip_non_finite: bool = False,
+        schema_digest: str | None = None,
     ) -> None:
         super().__init__()
         self.swarm, self.uid = swarm, uid
@@ -128,6 +134,7 @@ class RemoteExpert(nn.Module):
         self.forward_timeout_s = forward_timeout_s
         self.backward_timeout_s = backward_timeout_s
         self.skip_non_finite = skip_non_finite
+        self._schema_digest = schema_digest
         self._info: ExpertInfo | None = None
 
     def __repr__(self) -> str:
@@ -187,11 +194,19 @@ class RemoteExpert(nn.Module):
 
     async def _fetch_info(self) -> ExpertInfo:
         providers = await self.swarm.find_providers(self.uid)
-        # Anybody may announce the uid with another schema; what most of them host is meant.
-        count = Counter(each.schema_digest for each in providers)
-        return await self.swarm.expert_info(
-            self.uid, sorted(providers, key=lambda each: count[each.schema_digest], reverse=True)
-        )
+        there = {each.schema_digest for each in providers}
+        if self._schema_digest is not None:
+            if self._schema_digest not in there:
+                others = ", ".join(sorted(there))
+                raise SchemaError(f"{self.uid} is not served with the schema {self._schema_digest}, but with {others}")
+            there = {self._schema_digest}
+        uid = parse_uid(self.uid)
+        offers = [Offer(uid, provider) for provider in providers]
+        if len(there) > 1:
+            # Anybody may announce the uid with another schema; all that is served below the name says which is meant.
+            neighbours = await read_offers(self.swarm.directory, uid.name, self.swarm.timeout_s / 4)
+            offers += [each for each in neighbours if each.uid != uid]
+        return await self.swarm.schemas.choose(self.uid, offers, lambda _: None, among=there)
 
     def _attach(self, outputs: Flat, request: _Request) -> Flat:
         tensors = request.tensors

@@ -10,12 +10,13 @@ import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
 
 from p2pmoe import forks
 from p2pmoe.client.calls import CallGroup
 from p2pmoe.client.directory import Directory, ExpertInfo
 from p2pmoe.client.exchange import Dispatcher
+from p2pmoe.client.schema_choice import SchemaChoice
 from p2pmoe.client.trust import Trust
 from p2pmoe.client.verification import Verifier, VerifyOptions
 from p2pmoe.config import DHTConfig
@@ -29,6 +30,7 @@ from p2pmoe.errors import (
     P2PMoEError,
 )
 from p2pmoe.experts.directory import ExpertDirectory, ExpertRecord, Provider
+from p2pmoe.experts.offers import Offer
 from p2pmoe.experts.uid import parse_uid
 from p2pmoe.faults import run_loop, unexpected
 from p2pmoe.identity import Identity, SwarmKey
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _LOOP_PATIENCE_S = 5.0
 """How much longer than its time limit a coroutine may take to end."""
+MAX_INFOS: Final = 4096
+"""Schemas that are remembered; strangers may announce any number."""
 
 
 class Swarm:
@@ -106,6 +110,8 @@ class Swarm:
         self._thread: threading.Thread | None = None
         self._dispatcher: Dispatcher | None = None
         self._infos: dict[str, ExpertInfo] = {}
+        self.schemas = SchemaChoice(self._ask_schema, self.trust.acquaintance)
+        """Decides between the schemas that are announced."""
         self._starting = threading.Lock()
         self._begun = self._is_parents = False
         forks.tell(self)
@@ -219,18 +225,10 @@ class Swarm:
             known = self._infos.get(provider.schema_digest)
             if known is not None:
                 return known
-            path = f"/p2pmoe/v{WIRE_VERSION}/experts/{uid}"
             try:
-                document = await self.transport.get_json(provider.endpoint, path)
-                info = ExpertInfo.from_json(document, expected_digest=provider.schema_digest)
+                return await self._ask_provider(uid, provider)
             except P2PMoEError as error:
-                if isinstance(error, DecodeError):
-                    self.trust.note_lie(provider.peer_id, "broken_reply", str(error))
-                self.note_failure(provider, error)
                 last = error
-            else:
-                self._infos[provider.schema_digest] = info
-                return info
         raise last or ExpertNotFoundError(f"no live provider of {uid} is known")
 
     def note_failure(self, provider: Provider, error: P2PMoEError) -> None:
@@ -307,6 +305,25 @@ class Swarm:
         self._is_parents = self._begun
         if self._is_parents:
             self._loop = self._thread = self._dispatcher = self.verifier = None
+
+    async def _ask_schema(self, offer: Offer) -> ExpertInfo:
+        return await self._ask_provider(str(offer.uid), offer.provider)
+
+    async def _ask_provider(self, uid: str, provider: Provider) -> ExpertInfo:
+        """One provider's word on an expert, proved by the digest that it announced."""
+        path = f"/p2pmoe/v{WIRE_VERSION}/experts/{uid}"
+        try:
+            document = await self.transport.get_json(provider.endpoint, path)
+            info = ExpertInfo.from_json(document, expected_digest=provider.schema_digest)
+        except P2PMoEError as error:
+            if isinstance(error, DecodeError):
+                self.trust.note_lie(provider.peer_id, "broken_reply", str(error))
+            self.note_failure(provider, error)
+            raise
+        if len(self._infos) >= MAX_INFOS:
+            self._infos.clear()
+        self._infos[provider.schema_digest] = info
+        return info
 
     def _note_broken_reply(self, peer_id: PeerId, error: DecodeError) -> None:
         self.trust.note_lie(peer_id, "broken_reply", str(error))

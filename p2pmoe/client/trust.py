@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from p2pmoe.client.acquaintance import Acquaintance
 from p2pmoe.client.directory import Directory
 from p2pmoe.client.standing import Evidence, Standing
 from p2pmoe.errors import (
@@ -37,6 +38,7 @@ class Trust:
 
     def __init__(self, directory: Directory, clock: Callable[[], float] = time.monotonic) -> None:
         self.standing = Standing(clock)
+        self.acquaintance = Acquaintance(clock)
         self._directory = directory
         self._clock = clock
         self._logged_at = float("-inf")
@@ -46,8 +48,11 @@ class Trust:
         return f"<Trust: {self.standing}>"
 
     def order(self, providers: tuple[Provider, ...]) -> tuple[Provider, ...]:
-        """In which order providers are to be asked; those that are shunned are left out."""
-        return self.standing.order(providers)
+        """In which order providers are to be asked: good ones before doubtful ones, those known longest first.
+
+        Those that are shunned are left out.
+        """
+        return self.standing.order(self.acquaintance.order(providers))
 
     def note_failure(self, provider: Provider, error: P2PMoEError) -> None:
         """A call failed. A silent peer is left out of searches for a while; one that lied loses standing.

@@ -25,12 +25,14 @@ class ExpertCount(TypedDict):
     requests: int | None
 
 
-def count_experts(swarm: Swarm, pattern: str) -> list[ExpertCount]:
+def count_experts(swarm: Swarm, pattern: str, schema_digest: str | None = None) -> list[ExpertCount]:
     """Ask every node that serves an expert of the pattern, once. Nodes that do not answer stay in the list.
+
+    With a digest only experts of that schema count: anybody may announce others below the same name.
 
     Raises what `Swarm.find_experts` raises.
     """
-    records = swarm.find_experts(pattern)
+    records = [each for each in swarm.find_experts(pattern) if schema_digest in (None, each.schema_digest)]
     answers = swarm.run(_ask_all(swarm, list(dict.fromkeys(record.endpoint for record in records))))
     return [_count(record, answers[record.endpoint]) for record in records]
 

@@ -5,18 +5,23 @@ Knows nothing of terminals or files; what is shown on the way is its caller's af
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from p2pmoe.client.directory import ExpertInfo
+from p2pmoe.client.discovery import Wanted, discover, takes_rows_of
 from p2pmoe.client.mixture import RemoteMixtureOfExperts
 from p2pmoe.client.swarm import Swarm
-from p2pmoe.errors import ExpertNotFoundError, SchemaError
+from p2pmoe.errors import RemoteError
 from p2pmoe.training.census import ExpertCount, count_experts
 from p2pmoe.training.loop import History, LoopOptions, Snapshot, TrainingLoop
 from p2pmoe.training.tasks import MakeTask, TaskOptions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,8 @@ class SessionOptions:
     hidden_dim: int | None = None
     timeout_s: float = 10.0
     """For one pass of one step."""
+    partial_grid: bool = False
+    """The swarm's grid is larger, and a part of it is meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,36 +82,39 @@ def run_session(
 
     Raises:
         ExpertNotFoundError: no expert of the prefix is alive.
-        SchemaError: the experts take something else than one tensor of [B, hidden_dim].
+        SchemaError: the swarm has another grid, or none of its experts takes one tensor of [B, hidden_dim].
         RemoteError: too many steps in a row failed.
     """
-    hidden_dim = options.hidden_dim or experts_width(swarm, options.uid_prefix)
+    info = find_experts_to_train(swarm, options)
+    hidden_dim = info.inputs[0].shape[0]
     torch.manual_seed(options.seed)
     mixture = RemoteMixtureOfExperts(
         swarm,
         in_features=hidden_dim,
+        out_features=hidden_dim,
         grid_size=options.grid,
         uid_prefix=options.uid_prefix,
         k_best=options.k_best,
         forward_timeout_s=options.timeout_s,
         backward_timeout_s=options.timeout_s,
+        partial_grid=options.partial_grid,
     )
+    mixture.check()
     task = make_task(mixture, TaskOptions(hidden_dim, options.batch_size, options.seed))
     history = TrainingLoop(task, LoopOptions(options.steps), on_step=on_step).run()
-    return Result(options, history, count_experts(swarm, f"{options.uid_prefix}."))
+    return Result(options, history, _count(swarm, options.uid_prefix, mixture.schema_digest))
 
 
-def experts_width(swarm: Swarm, uid_prefix: str) -> int:
-    """The number of features that the experts below a prefix take. Raises as `run_session`."""
-    records = swarm.find_experts(f"{uid_prefix}.")
-    if not records:
-        raise ExpertNotFoundError(
-            f"no expert below {uid_prefix}. is alive; start one with "
-            f"`p2pmoe node --initial-peers … --experts '{uid_prefix}.[0:4].[0:4]'`"
-        )
-    uid = records[0].uid
-    providers = swarm.run(swarm.find_providers(uid))
-    info = swarm.run(swarm.expert_info(uid, providers))
-    if len(info.inputs) != 1 or len(info.inputs[0].shape) != 1:
-        raise SchemaError(f"{uid} takes more than one row of features; a task needs experts such as kind = 'ffn'")
-    return info.inputs[0].shape[0]
+def _count(swarm: Swarm, uid_prefix: str, schema_digest: str | None) -> list[ExpertCount]:
+    """What a run came to is not lost because nobody can be asked any more."""
+    try:
+        return count_experts(swarm, f"{uid_prefix}.", schema_digest)
+    except RemoteError as error:
+        logger.warning("the experts were not counted: %s", error)
+        return []
+
+
+def find_experts_to_train(swarm: Swarm, options: SessionOptions) -> ExpertInfo:
+    """The schema of the experts that a task can be trained through. Raises as `run_session`."""
+    wanted = Wanted(options.uid_prefix, options.grid, partial_grid=options.partial_grid)
+    return swarm.run(discover(swarm, wanted, takes_rows_of(options.hidden_dim), options.timeout_s / 2))

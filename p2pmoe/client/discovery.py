@@ -1,0 +1,71 @@
+"""Finds out what is served below a name, and whether it is what the caller wants: prefix, grid and schema.
+
+For callers of whole grids: the mixture, and training tasks. What does not fit is said at once, with both values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from p2pmoe.client.directory import ExpertInfo
+from p2pmoe.client.offers import read_offers
+from p2pmoe.client.schema_choice import Fits
+from p2pmoe.client.swarm import Swarm
+from p2pmoe.errors import ExpertNotFoundError, SchemaError
+from p2pmoe.experts.offers import format_grid, is_inside, why_not_this_grid
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a caller wants to find.
+
+    name: in front of the coordinates, "ffn" of "ffn.3.17".
+    grid: sizes of its dimensions.
+    schema_digest: the only schema that will do; None takes the one that has most weight of those that fit.
+    partial_grid: the caller knows that the swarm's grid is larger and wants a part of it.
+    """
+
+    name: str
+    grid: tuple[int, ...]
+    schema_digest: str | None = None
+    partial_grid: bool = False
+
+
+async def discover(swarm: Swarm, wanted: Wanted, fits: Fits, timeout_s: float) -> ExpertInfo:
+    """The schema of a grid's experts. On the swarm's loop.
+
+    Raises:
+        ExpertNotFoundError: nothing is alive below the name.
+        SchemaError: the grid is another one, or no schema that is served there fits.
+        RemoteError: nobody answered.
+    """
+    offers = await read_offers(swarm.directory, wanted.name, timeout_s)
+    if not offers:
+        raise ExpertNotFoundError(
+            f"no expert below {wanted.name}. is alive in grid {format_grid(wanted.grid)}; "
+            f"run `p2pmoe lookup '{wanted.name}.*'` to see who is there"
+        )
+    reason = why_not_this_grid(wanted.name, offers, wanted.grid, partial=wanted.partial_grid)
+    if reason is not None:
+        raise SchemaError(f"{reason}; ask for the swarm's grid, or say that a part of it is meant (partial_grid)")
+    inside = [offer for offer in offers if is_inside(offer.uid, wanted.grid)]
+    among = None if wanted.schema_digest is None else (wanted.schema_digest,)
+    return await swarm.schemas.choose(wanted.name, inside, fits, among=among)
+
+
+def takes_rows_of(width: int | None) -> Fits:
+    """For experts that take one row of features and give one of the same width; None takes any width."""
+
+    def fits(info: ExpertInfo) -> str | None:
+        inputs, outputs = info.inputs, info.outputs
+        if len(inputs) != 1 or len(inputs[0].shape) != 1:
+            return (
+                f"they take {', '.join(map(str, inputs))}, and a task needs one row of features, as kind = 'ffn' takes"
+            )
+        if len(outputs) != 1 or outputs[0].shape != inputs[0].shape:
+            return f"they make {', '.join(map(str, outputs))} of {inputs[0]}, and a task needs the same width"
+        if width is not None and inputs[0].shape[0] != width:
+            return f"they take {inputs[0]}, and you asked for a width of {width}"
+        return None
+
+    return fits

@@ -1,0 +1,180 @@
+"""What one mixture knows of its grid: which schema its experts have, and which of them are alive now.
+
+The schema is decided once (`discovery.py`) and kept while its experts live, whatever else is announced; it is looked
+up again only while rows find nobody, for a swarm may change what it serves. Shapes: B rows, G grid size.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Coroutine, Generator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+
+from p2pmoe.client.beam_search import BeamSearch, Found, MaskCache, read_within
+from p2pmoe.client.directory import ExpertInfo
+from p2pmoe.client.discovery import Wanted, discover
+from p2pmoe.client.schema_choice import describe_schema
+from p2pmoe.client.swarm import Swarm
+from p2pmoe.errors import ExpertNotFoundError, P2PMoEError, SchemaError
+from p2pmoe.experts.directory import Children
+from p2pmoe.protocol.schema import format_schema
+
+logger = logging.getLogger(__name__)
+
+_SEARCHES: Final = 3  # for one result, each without the prefixes that were barren before
+_WIDER: Final = 4
+BARREN_S: Final = 5.0
+"""How long a prefix without experts of our schema is passed over."""
+MAX_BARREN: Final = 65_536
+LOOK_AGAIN_S: Final = 5.0
+"""How often the schema is looked up again at most, while rows find nobody."""
+SAY_AGAIN_S: Final = 60.0
+
+Reads = Generator[Coroutine[Any, Any, Mapping[str, Children]], Any, Found]
+"""A search: yields what is to be run on the swarm's loop."""
+
+
+class GridFinder:
+    """One for each mixture. Any thread.
+
+    Args:
+        swarm: where the experts are.
+        wanted: which grid.
+        in_features, out_features: the widths that experts must have; None takes any.
+        beam_size, k_best: as in `RemoteMixtureOfExperts`.
+        allow_nobody: where nothing is found that fits, it is said in the log instead of raised.
+        timeout_s: how long one search may wait for the DHT.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        wanted: Wanted,
+        *,
+        in_features: int,
+        out_features: int | None,
+        beam_size: int,
+        k_best: int,
+        allow_nobody: bool,
+        timeout_s: float,
+    ) -> None:
+        self.info: ExpertInfo | None = None
+        """The schema in use, once it is found."""
+        self._swarm, self._wanted = swarm, wanted
+        self._in_features, self._out_features = in_features, out_features
+        self._beam_size, self._k_best = beam_size, k_best
+        self._allow_nobody, self._timeout_s = allow_nobody, timeout_s
+        self._masks = MaskCache()
+        self._barren: dict[tuple[str, str], float] = {}
+        """Schema and prefix, and until when it is passed over."""
+        self._look_again_at = self._say_again_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<GridFinder {self._wanted.name}: {'no schema yet' if self.info is None else self.info.schema_digest}>"
+
+    # -- the schema, on the swarm's loop
+
+    async def check(self) -> None:
+        """Find the schema now, whether or not anybody may be missing. Raises as `discover`."""
+        self.info = await self._find(None)
+
+    async def find(self, x: torch.Tensor) -> None:
+        """Find the schema for an input [B, …]. Raises as `discover`; nothing where nobody is allowed."""
+        try:
+            self.info = await self._find(x)
+        except (ExpertNotFoundError, SchemaError) as error:
+            if not self._allow_nobody:
+                raise
+            self._say_once(f"{error}; rows are zeros until that changes")
+
+    async def look_again(self, x: torch.Tensor) -> None:
+        """Find the schema anew; where that fails the old one stays."""
+        old = self.info
+        try:
+            new = await self._find(x)
+        except P2PMoEError as error:
+            # No reason to end a run: the experts may come back. But whoever waits for them should know.
+            self._say_once(f"some rows find no expert, and looking again failed: {error}")
+            return
+        self.info = new
+        if old is not None and new.schema_digest != old.schema_digest:
+            logger.warning(
+                "experts below %s. are no longer %s but %s; going on with these",
+                self._wanted.name,
+                describe_schema(old),
+                describe_schema(new),
+            )
+
+    def should_look_again(self, found: Found) -> bool:
+        """Whether a row has found nobody; True at most once in some seconds."""
+        now = time.monotonic()
+        if now < self._look_again_at or bool(found.valid.any(1).all()):
+            return False
+        self._look_again_at = now + LOOK_AGAIN_S
+        return True
+
+    async def _find(self, x: torch.Tensor | None) -> ExpertInfo:
+        return await discover(self._swarm, self._wanted, lambda info: self._why_unfit(info, x), self._timeout_s)
+
+    def _why_unfit(self, info: ExpertInfo, x: torch.Tensor | None) -> str | None:
+        """What is wrong with a schema for this mixture and, if there is one, this input."""
+        shape = info.inputs[0].shape
+        if not shape or shape[-1] != self._in_features:
+            return f"they take {format_schema(info.inputs)}; this mixture has in_features={self._in_features}"
+        whole = next((str(proto) for proto in info.outputs if not proto.dtype.is_floating_point), None)
+        if whole is not None:
+            return (
+                f"they give {whole}: a mixture weights its experts' outputs and sums them, which integers cannot take. "
+                f"Call the expert itself, swarm.expert(…), or host experts that give floats only"
+            )
+        if self._out_features is not None and info.outputs[0].shape[-1:] != (self._out_features,):
+            return f"they give {format_schema(info.outputs)}; this mixture has out_features={self._out_features}"
+        if x is not None and (len(shape) >= x.ndim or tuple(x.shape[-len(shape) :]) != shape):
+            return f"they take {format_schema(info.inputs)}; an input of {list(x.shape)} is no batch of that"
+        return None
+
+    def _say_once(self, message: str) -> None:
+        now = time.monotonic()
+        if now >= self._say_again_at:
+            self._say_again_at = now + SAY_AGAIN_S
+            logger.warning("%s", message)
+
+    # -- who is alive
+
+    def search(self, scores: Sequence[torch.Tensor], schema_digest: str) -> Reads:
+        """The best live experts of this schema; `scores` are on the CPU, [B, G] for each dimension."""
+        deadline = time.monotonic() + self._timeout_s
+        for attempt in range(_SEARCHES):
+            # Wider each time: each search can pass over no more prefixes than the one before has followed.
+            beam_size = self._beam_size * _WIDER**attempt
+            search = BeamSearch(
+                scores, self._wanted.name, beam_size, self._masks, schema_digest, self._barren_for(schema_digest)
+            )
+            yield from self._follow(search, deadline)
+            found = search.found(self._k_best)
+            # Anybody may announce prefixes with nothing of use below; they must not keep rows from those that have.
+            if bool(found.valid.all()) or not (barren := search.barren()):
+                break
+            until = time.monotonic() + BARREN_S
+            self._barren = {**self._barren, **{(schema_digest, prefix): until for prefix in barren}}
+        return found
+
+    def _follow(self, search: BeamSearch, deadline: float) -> Generator[Coroutine[Any, Any, Any], Any, None]:
+        directory = self._swarm.directory
+        while wanted := search.wanted():
+            children = {prefix: directory.cached_prefix(prefix) for prefix in wanted}
+            if missing := [prefix for prefix, known in children.items() if known is None]:
+                left_s = max(1e-3, deadline - time.monotonic())
+                children.update((yield read_within(directory, missing, left_s)))
+            search.advance({prefix: known or {} for prefix, known in children.items()})
+
+    def _barren_for(self, schema_digest: str) -> Collection[str]:
+        if not self._barren:
+            return ()
+        now = time.monotonic()
+        kept = {key: until for key, until in self._barren.items() if until > now}
+        self._barren = kept if len(kept) <= MAX_BARREN else {}
+        return [prefix for digest, prefix in self._barren if digest == schema_digest]
