@@ -12,7 +12,7 @@ import ipaddress
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -49,12 +49,15 @@ PeerIdText = Annotated[str, Meta(pattern="^[a-z2-7]{32}\\Z")]
 class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """One table of node.toml. Immutable; unknown keys are refused.
 
-    A key that ends in `_path` is a path, and `~` in it the home folder.
+    A key that ends in `_path` is a path, and `~` in it the home folder. One text in the place of several, in Python, is
+    a list of one: its letters never are.
     """
 
     def __post_init__(self) -> None:
-        for field in self.__struct_fields__:
+        for field, default in zip(self.__struct_fields__, self.__struct_defaults__, strict=True):
             value = getattr(self, field)
+            if isinstance(default, tuple) and not isinstance(value, tuple):
+                self._put(field, one_or_more(value))
             if field.endswith(PATH_KEY) and value is not None:
                 self._put(field, _expanded(field, value))
 
@@ -379,6 +382,9 @@ class NodeConfig(Section, frozen=True):
             _put_beside(folder, merged)
         for key_path, value in (overrides or {}).items():
             _set_path(merged, key_path, _copy_value(value, source, 1), source)
+        dht = merged.get("dht")
+        if isinstance(dht, dict) and isinstance(peer := dht.get("initial_peers"), str):
+            dht["initial_peers"] = [peer]
         _put_none(merged)
         try:
             return msgspec.convert(merged, cls)
@@ -430,6 +436,11 @@ _FALSE_MEANS: Final[tuple[tuple[str, str, float | None], ...]] = (  # TOML has n
     ("limits", "caller_updates_per_s", math.inf),
     ("access", "sessions_per_s", math.inf),
 )
+
+
+def one_or_more(texts: str | Iterable[str]) -> tuple[str, ...]:
+    """A text alone as a list of one: whoever passes one peer or uid does not mean its letters."""
+    return (texts,) if isinstance(texts, str) else tuple(texts)
 
 
 def parse_host_port(text: str, *, what: str = "address") -> tuple[str, int]:

@@ -29,6 +29,7 @@ from p2pmoe.experts.directory import ExpertDirectory
 from p2pmoe.faults import run_loop
 from p2pmoe.identity import Identity, SwarmKey, load_admin_token
 from p2pmoe.metrics import NodeMetrics
+from p2pmoe.protocol.modes import as_in_a_new_thread
 from p2pmoe.rpc.http.server import HttpServer
 from p2pmoe.server.access import Access
 from p2pmoe.server.announcer import Announcer
@@ -64,14 +65,15 @@ class Node:
     def __init__(
         self,
         config: NodeConfig | None = None,
-        backends: Sequence[ExpertBackend] = (),
+        backends: ExpertBackend | Sequence[ExpertBackend] = (),
         *,
         server_name: str = __version__,
     ) -> None:
         self.config = config or NodeConfig()
+        backends = [backends] if isinstance(backends, ExpertBackend) else list(backends)
         self.backends: list[ExpertBackend] = list(backends)
         self.metrics = NodeMetrics()
-        self._given = list(backends)
+        self._given = backends
         self._server_name = server_name
         self._drain_timeout_s = self.config.http.drain_timeout_s
         self._parts = contextlib.AsyncExitStack()
@@ -167,8 +169,10 @@ class Node:
         self._swarm_key = None if key_path is None else SwarmKey.load(key_path)
         self._doorkeeper = _open_access(config, self._identity, self._swarm_key)
         self.stage = "experts"
-        self.backends = self._given + make_backends(config.experts, config.batching, config.optimizer, config.devices)
-        guard_experts(self.backends, config.gate, self.metrics)
+        with as_in_a_new_thread():  # other threads train what is made here, in whatever mode this one is
+            made = make_backends(config.experts, config.batching, config.optimizer, config.devices)
+            self.backends = self._given + made
+            guard_experts(self.backends, config.gate, self.metrics)
         runtimes = self._start_runtimes(parts)
         self.handlers = ExpertHandlers(
             self.backends,
@@ -279,7 +283,7 @@ def _records(dht: DHTNode) -> dict[str, int]:
 
 @contextlib.contextmanager
 def background_node(
-    config: NodeConfig | None = None, backends: Sequence[ExpertBackend] = (), *, timeout_s: float = 30.0
+    config: NodeConfig | None = None, backends: ExpertBackend | Sequence[ExpertBackend] = (), *, timeout_s: float = 30.0
 ) -> Iterator[Node]:
     """A node in a thread of its own, for tests and notebooks. Raises what `Node.start` raises."""
     node = Node(config, backends)

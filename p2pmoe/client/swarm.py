@@ -19,7 +19,7 @@ from p2pmoe.client.exchange import Dispatcher
 from p2pmoe.client.schema_choice import SchemaChoice
 from p2pmoe.client.trust import Trust
 from p2pmoe.client.verification import Verifier, VerifyOptions
-from p2pmoe.config import DHTConfig
+from p2pmoe.config import DHTConfig, one_or_more
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.errors import (
     ClosedError,
@@ -54,7 +54,7 @@ class Swarm:
     Works from plain synchronous code, beside a running event loop (a notebook), and with `async with`.
 
     Args:
-        initial_peers: `HOST:PORT` of DHT nodes; any one that answers is enough.
+        initial_peers: `HOST:PORT` of a DHT node, or of several, of which any one that answers is enough.
         identity: the key that this client signs with; a fresh one by default.
         swarm_id: which swarm's records to read.
         owner: public key (64 hexadecimal digits) of a closed swarm's owner; only its members' experts are found then.
@@ -75,7 +75,7 @@ class Swarm:
 
     def __init__(
         self,
-        initial_peers: Sequence[str] = (),
+        initial_peers: str | Sequence[str] = (),
         *,
         identity: Identity | None = None,
         swarm_id: str = "p2pmoe",
@@ -97,7 +97,7 @@ class Swarm:
         self.identity = identity or Identity.generate()
         self._swarm_key = swarm_key
         if directory is None:
-            config = dht_config or DHTConfig(initial_peers=tuple(initial_peers), swarm_id=swarm_id, owner=owner)
+            config = dht_config or DHTConfig(initial_peers=one_or_more(initial_peers), swarm_id=swarm_id, owner=owner)
             self._dht = DHTNode(self.identity, config, client_mode=True, swarm_key=swarm_key)
             directory = ExpertDirectory(self._dht)
         self.directory: Directory = directory

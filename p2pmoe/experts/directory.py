@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from p2pmoe.config import one_or_more
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.errors import ClosedError, P2PMoEError, PeerUnreachableError
 from p2pmoe.experts.cache import ChildrenCache
@@ -112,9 +113,9 @@ class ExpertDirectory:
         ttl = self.dht.config.ttl_s if ttl_s is None else ttl_s
         await self.dht.call(lambda: self._declare(wanted, self._readdress(endpoint), ttl))
 
-    async def withdraw(self, uids: Iterable[str]) -> None:
+    async def withdraw(self, uids: str | Iterable[str]) -> None:
         """Announce that these are gone. Raises as `declare`; uids that were never declared are ignored."""
-        gone = [parse_uid(uid) for uid in uids]
+        gone = [parse_uid(uid) for uid in one_or_more(uids)]
         await self.dht.call(lambda: self._withdraw(gone))
 
     @property
@@ -186,9 +187,9 @@ class ExpertDirectory:
         providers = [provider for provider in children.get(parsed.suffix, ()) if provider.schema_digest]
         return tuple(sorted(providers, key=lambda provider: -provider.sequence))
 
-    async def first_k_active(self, uids: Sequence[str], k: int) -> dict[str, tuple[Provider, ...]]:
+    async def first_k_active(self, uids: str | Sequence[str], k: int) -> dict[str, tuple[Provider, ...]]:
         """The first `k` of these uids that somebody serves, in their order. Raises as `get_prefixes`."""
-        parsed = [parse_uid(uid) for uid in uids]
+        parsed = [parse_uid(uid) for uid in one_or_more(uids)]
         found = await self.get_prefixes(list(dict.fromkeys(uid.prefix for uid in parsed)))
         active: dict[str, tuple[Provider, ...]] = {}
         for uid in parsed:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from p2pmoe.errors import NonFiniteResultError, SchemaError
+from p2pmoe.protocol.modes import usable_anywhere
 from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_packer
 from p2pmoe.protocol.schema import BatchTensorProto, format_schema, schema_digest
 from p2pmoe.server.buffers import KeptBuffers
@@ -72,6 +73,7 @@ class ExpertBackend(nn.Module):
         if not nested_flatten(self.forward_schema):
             raise SchemaError(f"{name}: at least one positional or keyword argument is needed in args_schema")
         _check_leaves(name, self.forward_schema)
+        _check_trainable(name, expert)
         if outputs_schema is not None:
             _check_leaves(name, outputs_schema)
         self.findings = examine(name, expert, self.forward_schema, self.device, outputs_schema)
@@ -91,7 +93,8 @@ class ExpertBackend(nn.Module):
         """Optimizer steps applied since the expert was made."""
         self._computing = threading.Lock()
         self._works_in_place = self.findings.works_in_place
-        self.kept = KeptBuffers(expert, self.findings.rewritten)
+        with torch.inference_mode(False):  # other threads write to these copies
+            self.kept = KeptBuffers(expert, self.findings.rewritten)
         """What passes write besides parameters; a batch that trains changes them, nothing else does."""
         trained = {id(each) for group in self.opt.param_groups for each in group["params"]}
         self._untrained = [each for each in expert.parameters() if id(each) not in trained]
@@ -127,7 +130,7 @@ class ExpertBackend(nn.Module):
             SchemaError: the expert gave something else than its schema says.
         """
         args, kwargs = self._pack_forward(map(torch.clone, inputs) if self._works_in_place else inputs)
-        with self._computing, torch.no_grad(), self._conduct():
+        with self._computing, torch.inference_mode(False), torch.no_grad(), self._conduct():
             self.kept.keep()
             try:
                 outputs = self._as_outputs(self.expert(*args, **kwargs), len(inputs[0]))
@@ -152,7 +155,7 @@ class ExpertBackend(nn.Module):
             SchemaError: the expert gave something else than its schema says.
         """
         (args, kwargs), grad_outputs = self._pack_backward(inputs)
-        with self._computing, torch.enable_grad(), self._conduct():
+        with self._computing, torch.inference_mode(False), torch.enable_grad(), self._conduct():
             args, kwargs = nested_map(_as_leaf, (args, kwargs))
             earlier = self._set_gradients_aside()
             self.kept.keep()
@@ -295,7 +298,7 @@ def _as_args(schema: Any) -> tuple[Any, ...]:
 
 
 def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
-    leaf = tensor.detach()
+    leaf = usable_anywhere(tensor).detach()
     return leaf.requires_grad_(True) if leaf.is_floating_point() or leaf.is_complex() else leaf
 
 
@@ -303,6 +306,21 @@ def _gradient_of(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.grad is None:
         return torch.zeros_like(tensor)
     return tensor.grad if tensor.grad.layout is torch.strided else tensor.grad.to_dense()
+
+
+def _check_trainable(name: str, expert: nn.Module) -> None:
+    """That another thread can compute with the module's tensors and write to them."""
+    for key, tensor in (*expert.named_parameters(), *expert.named_buffers()):
+        if tensor.is_meta:
+            raise SchemaError(
+                f"{name}: {key} has no values, it is on the meta device; make the module on a real one, or to_empty() "
+                f"and load its state"
+            )
+        if tensor.is_inference():
+            raise SchemaError(
+                f"{name}: {key} was made under torch.inference_mode(), where it can never be trained; make the module "
+                f"and its optimizer outside of it"
+            )
 
 
 def _check_leaves(name: str, schema: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from p2pmoe.errors import SchemaError
 from p2pmoe.protocol.finite import SMALL
+from p2pmoe.protocol.modes import usable_anywhere
 from p2pmoe.server.task_pool import Batch
 
 Flat = tuple[torch.Tensor, ...]
@@ -64,7 +65,7 @@ def open_device(name: str) -> Device:
 def merge(batch: Batch) -> Flat:
     """Inputs of all tasks, one after the other. A batch of one task is handed on as it lies."""
     if len(batch.tasks) == 1:
-        return batch.tasks[0].tensors
+        return tuple(map(usable_anywhere, batch.tasks[0].tensors))
     return tuple(_join(column) for column in zip(*(task.tensors for task in batch.tasks), strict=True))
 
 

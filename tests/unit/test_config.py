@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pmoe import NodeConfig
+from p2pmoe.config import AccessConfig, DHTConfig, ExpertsConfig, Section
 from p2pmoe.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -220,3 +221,33 @@ def test_announced_ports_and_alone() -> None:
         None,
         False,
     )
+
+
+def test_one_text_in_the_place_of_several_is_a_list_of_one() -> None:
+    """Its letters never are: `Swarm("127.0.0.1:31337")` tried to reach a peer named `1`."""
+    assert DHTConfig(initial_peers="127.0.0.1:31337").initial_peers == ("127.0.0.1:31337",)
+    assert DHTConfig(initial_peers=["a:1", "b:2"]).initial_peers == ("a:1", "b:2")
+    assert ExpertsConfig(uids="ffn.[0:2]", modules="mine.py").uids == ("ffn.[0:2]",)
+    assert ExpertsConfig(modules="mine.py").modules == ("mine.py",)
+    assert AccessConfig(allow="a" * 32).allow == ("a" * 32,)
+    assert NodeConfig(devices="cpu").devices == ("cpu",)
+    assert NodeConfig.from_tree({"dht": {"initial_peers": "[::1]:31337"}}).dht.initial_peers == ("[::1]:31337",)
+    overrides = {"dht.initial_peers": "127.0.0.1:31337"}
+    assert NodeConfig.from_tree({}, overrides=overrides).dht.initial_peers == ("127.0.0.1:31337",)
+
+
+def test_every_list_of_texts_takes_one_text() -> None:
+    sections = [NodeConfig(), *(each for each in vars_of(NodeConfig()) if isinstance(each, Section))]
+    lists = [
+        (type(each), key)
+        for each in sections
+        for key in each.__struct_fields__
+        if isinstance(getattr(each, key), tuple)
+    ]
+    assert len(lists) >= 6
+    for section, key in lists:
+        assert getattr(section(**{key: "x"}), key) == ("x",), (section, key)
+
+
+def vars_of(config: NodeConfig) -> list[Any]:
+    return [getattr(config, key) for key in config.__struct_fields__]
