@@ -311,6 +311,8 @@ def _gradient_of(tensor: torch.Tensor) -> torch.Tensor:
 def _check_trainable(name: str, expert: nn.Module) -> None:
     """That another thread can compute with the module's tensors and write to them."""
     for key, tensor in (*expert.named_parameters(), *expert.named_buffers()):
+        if nn.parameter.is_lazy(tensor):  # the dummy run makes it, in a thread of its own
+            continue
         if tensor.is_meta:
             raise SchemaError(
                 f"{name}: {key} has no values, it is on the meta device; make the module on a real one, or to_empty() "
