@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +11,7 @@ from p2pmoe.dht.store import RecordStore
 from p2pmoe.dht.tokens import AMPLIFICATION, WriteTokens, source_of
 from p2pmoe.dht.validation import RecordTrust, status_of
 from p2pmoe.errors import DecodeError, EncodeError, RecordError
+from p2pmoe.identity import NODE_ID_BYTES
 from p2pmoe.protocol.datagrams import (
     PLAIN,
     Address,
@@ -19,6 +21,8 @@ from p2pmoe.protocol.datagrams import (
     Paged,
     Ping,
     Pong,
+    Proof,
+    Prove,
     Reply,
     Request,
     Sizes,
@@ -35,8 +39,13 @@ FOUND_BYTES: Final = 80
 PACKED_CONTACT_BYTES: Final = 38
 PONG_BYTES: Final = 78
 """A Pong that carries an IPv6 address; a ping of less than a third of it is told no address."""
+PROOF_BYTES: Final = 132
+"""A Proof with its signature; a Prove of less than a third of it gets none."""
 BAD_SIGNATURE_COST_BYTES: Final = 4096
 """A wrong signature, the owner's included, costs us a tenth of a millisecond; it is charged like this many bytes."""
+
+SIGNATURE_COST_BYTES: Final = 4096
+"""Making one costs us as much."""
 
 _COSTLY: Final = frozenset({Status.BAD_SIGNATURE, Status.NOT_DELEGATED})
 
@@ -54,9 +63,16 @@ class Answers:
     """The RPCs' table: one method per kind of request."""
 
     def __init__(
-        self, own_id: bytes, table: ContactTable, store: RecordStore, trust: RecordTrust, sizes: Sizes = PLAIN
+        self,
+        own_id: bytes,
+        table: ContactTable,
+        store: RecordStore,
+        trust: RecordTrust,
+        sizes: Sizes = PLAIN,
+        prove: Callable[[bytes], bytes] | None = None,
     ) -> None:
         self._own_id = own_id
+        self._prove = prove
         self._table = table
         self._store = store
         self._trust = trust
@@ -74,6 +90,10 @@ class Answers:
         if isinstance(request, Ping):
             seen = _packed(address) if AMPLIFICATION * size >= PONG_BYTES else b""
             return Answer(Pong(request.id, self._own_id, fresh, seen, int(wall_s * 1000)))
+        if isinstance(request, Prove):
+            fits = self._prove is not None and AMPLIFICATION * size >= PROOF_BYTES
+            signature = self._prove(request.id) if self._prove is not None and fits else b""
+            return Answer(Proof(request.id, self._own_id, fresh, signature), cost_bytes=SIGNATURE_COST_BYTES * fits)
         proven = self._tokens.holds(request.token, address, now)
         if isinstance(request, Find):
             limit = self._max_bytes if proven else min(AMPLIFICATION * size, self._max_bytes)
@@ -88,7 +108,7 @@ class Answers:
         want = min(request.want, CONTACTS_BESIDE_RECORDS) if first else request.want
         want = max(0, min(want, (limit - FOUND_BYTES) // PACKED_CONTACT_BYTES))
         nearest = self._table.closest(int.from_bytes(request.key, "big"), want + 1, answering_only=True)
-        contacts = [each.contact for each in nearest if each.id != request.sender][:want]
+        contacts = [each.contact for each in nearest if each.id != request.sender[:NODE_ID_BYTES]][:want]
         v4, v6 = pack_contacts(contacts)
         return Found(request.id, self._own_id, token, v4, v6, view.digest, view.page_count, first)
 

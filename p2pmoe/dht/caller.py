@@ -20,7 +20,9 @@ from p2pmoe.protocol.datagrams import (
     Address,
     Contact,
     Pong,
+    Prove,
     Reply,
+    Request,
     encode_datagram,
     unpack_address,
 )
@@ -56,6 +58,10 @@ class Caller:
         self.timeouts = 0
         self.on_seen: Callable[[Address, Address, float], None] | None = None
         """Told who sees us at which address, and what its clock shows."""
+        self.on_own: Callable[[Address], None] = _ignore
+        """Told of an address at which we have asked ourselves."""
+        self.on_same_id: Callable[[Address], None] = _ignore
+        """Told of an address where somebody else answers with our node id. It may be a lie: see `same_key.py`."""
         self._sender = sender
         self._header = header
         self._table = table
@@ -82,13 +88,17 @@ class Caller:
         make: MakeRequest,
         on_done: Callable[[Reply | None], None],
         on_delay: Callable[[Delay], None] | None = None,
+        *,
+        anonymous: bool = False,
     ) -> Call | None:
         """Send `make(id, sender, token)` and have the reply, or None after the last timeout, passed to `on_done`.
 
-        A plain address is asked whoever is there. None when too many calls wait already; `on_done` was called.
+        A plain address is asked whoever is there. With `anonymous` the request does not say that it is ours. None
+        when too many calls wait already; `on_done` was called.
         """
         node_id, address = (contact.node_id, contact.address) if isinstance(contact, Contact) else (None, contact)
-        request = make(secrets.token_bytes(CALL_ID_BYTES), self._sender, self._tokens_held.get(address, b""))
+        sender = b"" if anonymous else self._sender
+        request = make(secrets.token_bytes(CALL_ID_BYTES), sender, self._tokens_held.get(address, b""))
         call = Call(request, encode_datagram(self._header, request), address, node_id, on_done, on_delay)
         if self._closed or not self.book.add(call):
             _tell(call, None)
@@ -96,7 +106,7 @@ class Caller:
         self._start_calls()
         return call
 
-    async def ask(self, contact: Contact | Address, make: MakeRequest) -> Reply | None:
+    async def ask(self, contact: Contact | Address, make: MakeRequest, *, anonymous: bool = False) -> Reply | None:
         """`call`, awaited. None: nobody answered. Cancelling forgets the call."""
         answer: asyncio.Future[Reply | None] = self._loop.create_future()
 
@@ -104,7 +114,7 @@ class Caller:
             if not answer.done():
                 answer.set_result(reply)
 
-        call = self.call(contact, make, settle)
+        call = self.call(contact, make, settle, anonymous=anonymous)
         try:
             return await answer
         finally:
@@ -153,12 +163,25 @@ class Caller:
                 self._table.missed(Contact(call.node_id, *call.address), heard_others=heard_others)
             _tell(call, None)
 
+    def came_back(self, request: Request) -> bool:
+        """Whether a request that we received is one of ours. Nobody needs to wait for a proof of our own then."""
+        call = self.book.came_back(request.id)
+        if call is None:
+            return False
+        if isinstance(request, Prove):
+            self.book.cancel(call)
+            self.on_own(call.address)
+            call.on_done(None)
+        return True
+
     def take_reply(self, reply: Reply, address: Address) -> bool:
         """Hand a reply to whoever waits for it; False when nobody does."""
         call = self.book.replied(reply, address, self._loop.time())
         if call is None:
             return False
         self._last_reply_at = self._loop.time()
+        if reply.sender == self._table.own_id:
+            (self.on_own if call.came_back else self.on_same_id)(address)
         if call.node_id is not None and reply.sender != call.node_id:
             self._table.forget(Contact(call.node_id, *address))
             _tell(call, None)
@@ -187,3 +210,7 @@ class Caller:
 def _tell(call: Call, reply: Reply | None) -> None:
     """One listener must not keep the others, or the timer, from going on."""
     attempt(_LISTENER, call.on_done, reply, by_a_stranger=True)
+
+
+def _ignore(_address: Address) -> None:
+    """Nobody wants to know."""

@@ -50,6 +50,8 @@ class Call:
     transmissions: int = 0
     delay: Delay = Delay.NONE
     is_over: bool = False
+    came_back: bool = False
+    """We have received it ourselves: the address that it was sent to is our own."""
 
     def __repr__(self) -> str:
         kind = type(self.request).__name__
@@ -112,6 +114,13 @@ class CallBook:
         if call.transmissions == 1:  # Karn: after a retransmission nobody knows which one was answered
             self.typical.sample(now - call.sent_at)
             self._own_round_trip(address).sample(now - call.sent_at)
+        return call
+
+    def came_back(self, call_id: bytes) -> Call | None:
+        """The call whose request we have received ourselves, if it is one of ours; it is marked."""
+        call = self._outstanding.get(call_id)
+        if call is not None:
+            call.came_back = True
         return call
 
     def cancel(self, call: Call) -> None:

@@ -8,9 +8,8 @@ Each peer that does not answer has its own reason, because each has its own reme
 3. our socket listens on this machine alone, and the peer is elsewhere
 4. there is no way to its address
 5. nobody listens at its port (the system there says so)
-6. another swarm, or another version of the DHT, answers
+6. a node of another swarm, or of another version, is there, and has said something to us
 7. whoever is there says nothing: a private swarm, another swarm, a firewall
-8. our own key answers from there, and it is not us
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ from p2pmoe.config import parse_host_port
 from p2pmoe.dht.addresses import is_own_host, is_wildcard
 from p2pmoe.dht.datagram_socket import address_on
 from p2pmoe.errors import ConfigError, NameLookupError
-from p2pmoe.protocol.datagrams import Address, is_sendable, pack_address, scope_of
+from p2pmoe.protocol.datagrams import DATAGRAM_VERSION, Address, is_sendable, pack_address, scope_of
 from p2pmoe.rpc.resolver import Resolver
 from p2pmoe.types import canonical_host, parse_ip
 
 LOOKUP_TIMEOUT_S: Final = 2.0
 PROBE_TIMEOUT_S: Final = 0.3
 MAX_PROBES: Final = 16
+MAX_OWN: Final = 256
 
 
 class Silence(enum.Enum):
@@ -72,6 +72,7 @@ class InitialPeers:
         self._versions = frozenset({4})
         self._bound: Address = ("127.0.0.1", 0)
         self._own: set[Address] = set()
+        self._seen: set[Address] = set()
         self._addresses: dict[str, list[Address]] = {}
         self._troubles: dict[str, str] = {}
         self.any_silent = False
@@ -119,12 +120,35 @@ class InitialPeers:
         return bool(own) and not any(self._reaches(address) for address in found if address not in own)
 
     def is_own(self, address: Address) -> bool:
-        """Whether datagrams to this address come to our own socket."""
+        """Whether datagrams to this address come to our own socket, as far as that is known."""
         return address in self._own
+
+    def may_be_us(self, address: Address) -> bool:
+        """Whether this may be ourselves: by what is known, by what the system says, or by what some peer says."""
+        return address in self._own or address in self._seen or self._leads_to_us(address)
 
     def note_own(self, address: Address) -> None:
         """A datagram that we sent there came back to us."""
-        self._own.add(address)
+        if len(self._own) < MAX_OWN:
+            self._own.add(address)
+
+    def note_seen(self, address: Address) -> None:
+        """A peer says that ours come from there. It may lie: nobody is left out for that."""
+        if len(self._seen) < MAX_OWN:
+            self._seen.add(address)
+
+    def note_foreign(self, address: Address, head: bytes) -> None:
+        """A datagram of another swarm or version came from there."""
+        for peer in (peer for peer, addresses in self._addresses.items() if address in addresses):
+            if head[:1] != bytes([DATAGRAM_VERSION]):
+                self.elsewhere[address] = (
+                    f"whoever is at {peer} speaks version {head[0] if head else 0} of the DHT's datagrams, we speak "
+                    f"{DATAGRAM_VERSION}: install the same version of p2pmoe on both"
+                )
+            else:
+                self.elsewhere[address] = (
+                    f"at {peer} is a node of another swarm (ours is {self._swarm_id!r}): pass its name with --swarm-id"
+                )
 
     def known(self) -> list[Address]:
         """The addresses of all peers as they were found last, without our own."""

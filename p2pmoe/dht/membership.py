@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -15,9 +16,11 @@ from p2pmoe.config import DHTConfig
 from p2pmoe.dht.contacts import BUCKET_SIZE
 from p2pmoe.dht.initial_peers import InitialPeers
 from p2pmoe.dht.observations import MIN_REPORTERS, Observations
+from p2pmoe.dht.same_key import MAX_SUSPECTS, find_same_key
 from p2pmoe.dht.server import SwarmServer
-from p2pmoe.errors import BootstrapError
+from p2pmoe.errors import BootstrapError, IdentityError
 from p2pmoe.faults import unexpected
+from p2pmoe.identity import peer_id_from_node_id
 from p2pmoe.protocol.datagrams import Address
 from p2pmoe.rpc.resolver import Resolver
 from p2pmoe.seldom import Seldom
@@ -32,6 +35,7 @@ FEW_PEERS: Final = 3
 CLOCK_WARNING_S: Final = 10.0
 ASKED_WHERE_WE_ARE: Final = 8
 MAX_REMEMBERED: Final = 256
+SAME_KEY_EVERY_S: Final = 60.0
 TRIED_AGAIN: Final = 2
 """Peers out of the table that are pinged in each round of upkeep."""
 
@@ -44,6 +48,7 @@ class Membership:
         config: The `[dht]` section, of which it takes the initial peers and whether we may be alone.
         on_round: Called after each round of upkeep.
         resolver: Looks up the initial peers' names.
+        public_key: Ours; another node that holds it, too, is looked for.
 
     Raises:
         ConfigError: an initial peer is no HOST:PORT.
@@ -56,6 +61,7 @@ class Membership:
         *,
         on_round: Callable[[], None],
         resolver: Resolver | None = None,
+        public_key: bytes | None = None,
     ) -> None:
         self.observations = Observations()
         self.initial = InitialPeers(
@@ -75,6 +81,10 @@ class Membership:
         self._failing = Seldom()
         self._is_alone = False
         self._reasons: list[str] = []
+        self._public_key = public_key
+        self._suspects: dict[Address, None] = {}
+        self._same_key = Seldom()
+        self._looked_at = -math.inf
 
     @property
     def wants_peers(self) -> bool:
@@ -110,16 +120,28 @@ class Membership:
         while len(self._remembered) > MAX_REMEMBERED:
             self._remembered.popitem(last=False)
 
+    def attend(self) -> None:
+        """Listen to what the server's protocol hears, from when that is open."""
+        caller, protocol = self._server.protocol.caller, self._server.protocol
+        caller.on_seen = self.on_seen
+        caller.on_own = self.initial.note_own
+        caller.on_same_id = self._suspect
+        protocol.on_foreign = self.initial.note_foreign
+
     # --- joining ----------------------------------------------------------------------------------------------
 
     async def join_first(self, *, wait_for_peers: bool) -> None:
         """Try until it succeeds or `join_timeout_s` is over.
 
-        Raises BootstrapError then, with `wait_for_peers` and unless we may be alone (a client: was told to start so).
+        Raises:
+            BootstrapError: with `wait_for_peers`, unless we may be alone (a client: was told to start so).
+            IdentityError: another node holds our key, and was there before us.
         """
         deadline = asyncio.get_running_loop().time() + self._config.join_timeout_s
         delay_s = FIRST_RETRY_S
         while self.wants_peers and not await self._join(deadline):
+            if self._suspects:
+                await self._refuse_the_same_key()
             left_s = deadline - asyncio.get_running_loop().time()
             if left_s <= 0 or (self.initial.is_hopeless and not self._remembered):
                 break
@@ -127,6 +149,7 @@ class Membership:
             delay_s *= 2
         if len(self._server.table):
             await self._ask_where_we_are()
+            await self._refuse_the_same_key()
             return
         if not self.wants_peers:
             self._log_founding()
@@ -200,6 +223,7 @@ class Membership:
         await self._server.maintain()
         await self.find_the_lost()
         await self._ask_where_we_are()
+        await self._look_for_the_same_key()
         self._on_round()
 
     async def find_the_lost(self) -> bool:
@@ -224,11 +248,49 @@ class Membership:
         if self.observations.host is None and len(contacts) >= MIN_REPORTERS:
             await asyncio.gather(*(self._server.protocol.call_ping(contact) for contact in contacts))
 
+    # --- one key, one node -------------------------------------------------------------------------------------
+
+    async def _refuse_the_same_key(self) -> None:
+        """Raises IdentityError where another node that holds our key was there before us."""
+        other = await self._find_same_key()
+        if other is not None:
+            raise IdentityError(
+                f"this node's key ({peer_id_from_node_id(self._server.node.id)}) is in use by a node at "
+                f"{format_host_port(*other)}, and two nodes cannot share one: stop that node, or make a key for this "
+                f"one with `p2pmoe id new FILE` and pass --identity FILE (identity_path)"
+            )
+
+    async def _look_for_the_same_key(self) -> None:
+        """While running nobody is refused: it is said, and the announcer sees to the records."""
+        now = asyncio.get_running_loop().time()
+        if now - self._looked_at < SAME_KEY_EVERY_S and not self._suspects:
+            return
+        other = await self._find_same_key()
+        if other is not None and (more := self._same_key.note()) is not None:
+            log.warning(
+                "a second node, at %s, uses this node's key, and the records of one overwrite the other's: stop it, or "
+                "make it a key of its own with `p2pmoe id new FILE`%s",
+                format_host_port(*other),
+                more,
+            )
+
+    async def _find_same_key(self) -> Address | None:
+        self._looked_at = asyncio.get_running_loop().time()
+        suspects, self._suspects = tuple(self._suspects), {}
+        if self._public_key is None or self._server.client_mode:
+            return None
+        return await find_same_key(self._server, self._public_key, suspects, is_own=self.initial.may_be_us)
+
+    def _suspect(self, address: Address) -> None:
+        if len(self._suspects) < MAX_SUSPECTS and not self.initial.is_own(address):
+            self._suspects[address] = None
+
     # --- what is said -----------------------------------------------------------------------------------------
 
     def on_seen(self, reporter: Address, seen: Address, their_time: float) -> None:
         """A peer says where it sees us, and what its clock shows."""
         self.observations.report(reporter, seen, their_time - self._server.clock())
+        self.initial.note_seen((seen[0], self._config.announce_port or seen[1]))
         offset_s = self.observations.clock_offset_s
         if offset_s is None or abs(offset_s) <= CLOCK_WARNING_S:
             return

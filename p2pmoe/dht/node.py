@@ -84,13 +84,21 @@ class DHTNode:
             source_bytes_per_s=self.config.max_source_bytes_per_s,
             closed=self.closed,
             swarm_key=swarm_key,
+            announce_port=self.config.announce_port,
+            sign=identity.sign,
         )
         self._records = NodeRecords(
             self.server, self.signer, self.config, closed=self.closed, require_peers=self._require_peers
         )
         self._complained_at = -math.inf
         self._resolver = resolver or Resolver()
-        self.membership = Membership(self.server, self.config, on_round=self._save_state, resolver=self._resolver)
+        self.membership = Membership(
+            self.server,
+            self.config,
+            on_round=self._save_state,
+            resolver=self._resolver,
+            public_key=identity.public_key,
+        )
         self._thread = LoopThread(f"p2pmoe-dht-{identity.peer_id[:8]}")
         self._address: Address | None = None
         self._started = False
@@ -257,7 +265,7 @@ class DHTNode:
         self, sock: socket.socket, ready: Callable[[], None], stopping: asyncio.Event, *, wait_for_peers: bool
     ) -> None:
         await self.server.open(sock)
-        self.server.protocol.caller.on_seen = self.membership.on_seen
+        self.membership.attend()
         upkeep: asyncio.Task[None] | None = None
         try:
             await self.membership.join_first(wait_for_peers=wait_for_peers)

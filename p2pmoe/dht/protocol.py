@@ -33,12 +33,16 @@ from p2pmoe.protocol.datagrams import (
     Found,
     Paged,
     Pong,
+    Proof,
+    Prove,
     Request,
     Status,
     Stored,
+    contact_of,
     decode_datagram,
     encode_datagram,
     is_link_local,
+    sender_at,
     unpack_contacts,
 )
 
@@ -76,6 +80,8 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         sock: socket.socket,
         client_mode: bool = False,
         sealer: Sealer | None = None,
+        announce_port: int | None = None,
+        prove: Callable[[bytes], bytes] | None = None,
     ) -> None:
         super().__init__(table.node, store, table.ksize)
         self.router = table
@@ -88,7 +94,7 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         self.transmit: Callable[[bytes, Address], None] = self._socket.send
         """What sends; tests put a bad line in its place."""
         self.caller = Caller(
-            sender=b"" if client_mode else own_id,
+            sender=b"" if client_mode else sender_at(own_id, announce_port),
             header=header,
             table=table,
             send=self._send,
@@ -100,7 +106,9 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         self._header = header
         self.budgets = budgets
         self._sealer = sealer
-        self._answers = Answers(own_id, table, store, trust, SEALED if sealer else PLAIN)
+        self._answers = Answers(own_id, table, store, trust, SEALED if sealer else PLAIN, prove)
+        self.on_foreign: Callable[[Address, bytes], None] | None = None
+        """Told where a datagram came from that is of another swarm or version, and how it begins."""
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._verifying: set[Address] = set()
@@ -155,8 +163,10 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
             message = decode_datagram(self._header, datagram)
         except DecodeError:
             self.counters.malformed += 1
+            if self.on_foreign is not None and not datagram.startswith(self._header):
+                self.on_foreign(address, datagram[: len(self._header)])
             return
-        if isinstance(message, Pong | Found | Paged | Stored):
+        if isinstance(message, Pong | Found | Paged | Stored | Proof):
             if not self.caller.take_reply(message, address):
                 self.counters.malformed += 1
         elif not self.client_mode:
@@ -206,13 +216,15 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         if not self.budgets.spend(source, size, now):
             self.counters.over_budget += 1
             return
+        if self.caller.came_back(request) and isinstance(request, Prove):
+            return  # our own question, sent to us or passed on by somebody: our answer would prove nothing
         answer = self._answers.to(request, address, size, now, self._clock())
         self.counters.records_refused += answer.refused
         datagram = encode_datagram(self._header, answer.reply)
         self.budgets.charge(source, len(datagram) + answer.cost_bytes, now)
         self._send(datagram, address)
-        if request.sender:
-            self._verify(Contact(request.sender, *address))
+        if (contact := contact_of(request, address)) is not None:
+            self._verify(contact)
 
     def _verify(self, contact: Contact) -> None:
         """Ping a stranger that asked us something; it enters the table when it answers."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from p2pmoe.dht.tokens import AMPLIFICATION
-from p2pmoe.protocol.datagrams import MAX_DATAGRAM_BYTES, Find, Page, Ping, Request, Store
+from p2pmoe.protocol.datagrams import MAX_DATAGRAM_BYTES, Find, Page, Ping, Prove, Request, Store
 
 PADDED_BYTES: Final = MAX_DATAGRAM_BYTES // AMPLIFICATION
 FIND_BYTES: Final = 45
@@ -19,6 +19,11 @@ MakeRequest = Callable[[bytes, bytes, bytes], Request]
 def ping_message(call_id: bytes, sender: bytes, _token: bytes) -> Request:
     """A Ping; its padding lets the answer carry the address it came from."""
     return Ping(call_id, sender, bytes(16))
+
+
+def prove_message(call_id: bytes, sender: bytes, _token: bytes) -> Request:
+    """A Prove; its padding lets the answer carry a signature."""
+    return Prove(call_id, sender, bytes(40))
 
 
 def find_message(key: bytes, want: int) -> MakeRequest:

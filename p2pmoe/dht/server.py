@@ -40,6 +40,7 @@ from p2pmoe.protocol.datagrams import (
     Status,
     encode_datagram,
     header_of,
+    proof_text,
 )
 from p2pmoe.protocol.records import Record
 
@@ -68,9 +69,13 @@ class SwarmServer(Server):  # type: ignore[misc]
         source_bytes_per_s: float = 1e6,
         closed: ClosedSwarm | None = None,
         swarm_key: SwarmKey | None = None,
+        announce_port: int | None = None,
+        sign: Callable[[bytes], bytes] | None = None,
     ) -> None:
         super().__init__(ksize=BUCKET_SIZE, alpha=ALPHA, node_id=node_id)
         self.header = header_of(swarm_id)
+        self._announce_port = announce_port
+        self._sign = sign
         self.sealer = Sealer(swarm_key, self.header) if swarm_key else None
         self._sizes = SEALED if swarm_key else PLAIN
         # Not as an argument: an empty store is false, and would be replaced.
@@ -100,7 +105,13 @@ class SwarmServer(Server):  # type: ignore[misc]
             sock=sock,
             client_mode=self.client_mode,
             sealer=self.sealer,
+            announce_port=self._announce_port,
+            prove=None if self._sign is None else self._prove,
         )
+
+    def _prove(self, call_id: bytes) -> bytes:
+        assert self._sign is not None
+        return self._sign(proof_text(self.header, call_id))
 
     async def open(self, sock: socket.socket) -> None:
         """Serve on a bound UDP socket. Instead of `listen`, which has no place for the socket's options."""

@@ -9,9 +9,11 @@ of the swarm (`SHA256("p2pmoe-swarm-1\0" | swarm_id)[:4]`). The array starts wit
     2 Page    [kind, id, sender, token, key, index]              18 Paged   [kind, id, sender, token, digest,
                                                                              pages, records]
     3 Store   [kind, id, sender, token, key, records]            19 Stored  [kind, id, sender, token, statuses]
+    4 Prove   [kind, id, sender, padding]                        20 Proof   [kind, id, sender, token, signature]
 
 `id` is 8 random bytes that the reply repeats. `sender` is the sender's node id, or empty from a client, which
-nobody enters in a table. Contacts are packed as node id 20 | address 4 or 16 | port 2.
+nobody enters in a table; in a request two more bytes may follow, the port at which the sender is reached in the place
+of the one that the datagram comes from. Contacts are packed as node id 20 | address 4 or 16 | port 2.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ MAX_FIRST_PAGE_BYTES: Final = 800
 MAX_CONTACTS: Final = 32
 TOKEN_BYTES: Final = 8
 CALL_ID_BYTES: Final = 8
+SENDER_WITH_PORT_BYTES: Final = NODE_ID_BYTES + 2
+SIGNATURE_BYTES: Final = 64
 DIGEST_BYTES: Final = 8
 RECORD_OVERHEAD_BYTES: Final = 3
 SEAL_BYTES: Final = 32
@@ -50,7 +54,7 @@ Address = tuple[str, int]
 """An IP literal in its shortest form, and a port. A link-local host has its scope, which is never sent."""
 
 _Id = Annotated[bytes, Meta(min_length=CALL_ID_BYTES, max_length=CALL_ID_BYTES)]
-_Sender = Annotated[bytes, Meta(max_length=NODE_ID_BYTES)]
+_Sender = Annotated[bytes, Meta(max_length=SENDER_WITH_PORT_BYTES)]
 _Token = Annotated[bytes, Meta(max_length=TOKEN_BYTES)]
 _Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 _Digest = Annotated[bytes, Meta(max_length=DIGEST_BYTES)]
@@ -102,6 +106,10 @@ class Store(_Message, tag=3, array_like=True, frozen=True):
     records: _Records
 
 
+class Prove(_Message, tag=4, array_like=True, frozen=True):
+    padding: _Padding = b""
+
+
 class Pong(_Message, tag=16, array_like=True, frozen=True):
     token: _Token
     seen: Annotated[bytes, Meta(max_length=18)]
@@ -132,11 +140,17 @@ class Stored(_Message, tag=19, array_like=True, frozen=True):
     statuses: Annotated[bytes, Meta(max_length=16)]
 
 
-Request = Ping | Find | Page | Store
-Reply = Pong | Found | Paged | Stored
+class Proof(_Message, tag=20, array_like=True, frozen=True):
+    token: _Token
+    signature: Annotated[bytes, Meta(max_length=SIGNATURE_BYTES)]
+    """Of `proof_text`, by the key of the sender; empty from who does not prove it."""
+
+
+Request = Ping | Find | Page | Store | Prove
+Reply = Pong | Found | Paged | Stored | Proof
 Message = Request | Reply
 
-REPLY_OF: Final[dict[type, type]] = {Ping: Pong, Find: Found, Page: Paged, Store: Stored}
+REPLY_OF: Final[dict[type, type]] = {Ping: Pong, Find: Found, Page: Paged, Store: Stored, Prove: Proof}
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
@@ -190,9 +204,35 @@ def decode_datagram(header: bytes, datagram: bytes) -> Message:
         message: Message = _decoder.decode(memoryview(datagram)[len(header) :])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DecodeError(f"not a datagram: {error}") from error
-    if len(message.sender) not in {0, NODE_ID_BYTES}:
-        raise DecodeError("not a datagram: a sender has 0 or 20 bytes")
+    if len(message.sender) not in {0, NODE_ID_BYTES} and not _names_a_port(message):
+        raise DecodeError("not a datagram: a sender has 0 or 20 bytes, in a request also 22 with a port")
     return message
+
+
+def _names_a_port(message: Message) -> bool:
+    return (
+        len(message.sender) == SENDER_WITH_PORT_BYTES
+        and isinstance(message, Request)
+        and message.sender[NODE_ID_BYTES:] != b"\0\0"
+    )
+
+
+def sender_at(node_id: bytes, port: int | None) -> bytes:
+    """The sender of a request whose replies come from `port`, where that is not the port it is sent from."""
+    return node_id if port is None else node_id + port.to_bytes(2, "big")
+
+
+def contact_of(request: Request, source: Address) -> Contact | None:
+    """Where the sender of a request says that it listens: at its own address, whatever the port. None: nowhere."""
+    if not request.sender:
+        return None
+    port = int.from_bytes(request.sender[NODE_ID_BYTES:], "big") or source[1]
+    return Contact(request.sender[:NODE_ID_BYTES], source[0], port)
+
+
+def proof_text(header: bytes, call_id: bytes) -> bytes:
+    """What a node signs to show that it holds its key now. Who asks chose the id."""
+    return b"p2pmoe-node-proof-1\0" + header + call_id
 
 
 def pack_address(host: str, port: int) -> bytes:
