@@ -6,6 +6,7 @@ The seed is Learning@home's `ExpertBackend` (arXiv 2002.04013, section 3.2). Kno
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ class ExpertBackend(nn.Module):
         kwargs_schema: the same of the keyword arguments.
         outputs_schema: the same of the outputs; found by dummy runs (`trial.py`) when left out, checked by them when
             given. Floating outputs may be stated in another floating dtype, and are cast to it.
+        device: where an expert without parameters and buffers is computed; others are where these are.
         pool_options: batching options of both pools, see `TaskPool`.
 
     Raises:
@@ -60,10 +62,12 @@ class ExpertBackend(nn.Module):
         args_schema: Any = None,
         kwargs_schema: Mapping[str, Any] | None = None,
         outputs_schema: Any = None,
+        device: torch.device | str | None = None,
         **pool_options: Any,
     ) -> None:
         super().__init__()
         self.name, self.expert = name, expert
+        self._own_device = torch.device(device or "cpu")
         self.opt: torch.optim.Optimizer = NoOptimizer() if opt is None else opt
         check_optimizer(name, expert, self.opt)
         self.args_schema: tuple[Any, ...] = _as_args(args_schema)
@@ -114,8 +118,9 @@ class ExpertBackend(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the expert's parameters are."""
-        return next((parameter.device for parameter in self.expert.parameters()), torch.device("cpu"))
+        """Where the expert's parameters are, or its buffers where it has none."""
+        tensors = itertools.chain(self.expert.parameters(), self.expert.buffers())
+        return next((tensor.device for tensor in tensors), self._own_device)
 
     def forward(self, *inputs: torch.Tensor) -> Flat:
         """Outputs of a batch, without gradients. Buffers are as they were afterwards.

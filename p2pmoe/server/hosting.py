@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +15,8 @@ from p2pmoe.experts.uid import expand_pattern
 from p2pmoe.server.backend import ExpertBackend
 from p2pmoe.server.layers import make_expert
 from p2pmoe.server.optimizers import make_optimizer
+from p2pmoe.server.trial import materialize
+from p2pmoe.server.user_files import import_file
 
 
 def make_backends(
@@ -43,14 +43,19 @@ def make_backends(
     }
     backends = []
     for index, uid in enumerate(uids):
-        with torch.random.fork_rng(devices=[]):
+        # Without a seed each draws on from where the last one stopped: from one state all would begin alike.
+        with torch.random.fork_rng(devices=[], enabled=experts.seed is not None):
             if experts.seed is not None:
                 torch.manual_seed(_seed_of(experts.seed, uid))
             module, args_schema, kwargs_schema = make_expert(experts.kind, experts.hidden_dim, experts.options)
-        module = _to_device(module, devices[index % len(devices)])
+            materialize(uid, module, (args_schema, kwargs_schema))
+        device = devices[index % len(devices)]
+        module = _to_device(module, device)
         trained = make_optimizer(module.parameters(), optimizer)
         backends.append(
-            ExpertBackend(uid, module, trained, args_schema=args_schema, kwargs_schema=kwargs_schema, **options)
+            ExpertBackend(
+                uid, module, trained, args_schema=args_schema, kwargs_schema=kwargs_schema, device=device, **options
+            )
         )
     return backends
 
@@ -71,26 +76,10 @@ def _import(name: str) -> None:
     """A module of the node's owner, by dotted name or by path; it calls `register_expert_class`."""
     try:
         if name.endswith(".py"):
-            _import_file(Path(name).resolve())
+            import_file(Path(name))
         else:
             importlib.import_module(name)  # noqa: TID251 - the owner names it in node.toml
     except ConfigError:
         raise
     except Exception as error:  # the module's own code may raise anything
         raise ConfigError(f"experts.modules: {name} cannot be imported: {type(error).__name__}: {error}") from error
-
-
-def _import_file(path: Path) -> None:
-    name = f"p2pmoe_user_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, path)  # noqa: TID251 - as above
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"experts.modules: {path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]  # half a module must not count as imported the next time
-        raise

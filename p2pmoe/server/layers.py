@@ -5,6 +5,7 @@ The built-in ones are float32 whatever torch's default dtype is: a swarm has one
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from p2pmoe.errors import ConfigError, SchemaError
 from p2pmoe.protocol.nested import nested_map
 from p2pmoe.protocol.schema import BatchTensorProto
 from p2pmoe.server.backend import DUMMY_BATCH_SIZE
+
+logger = logging.getLogger(__name__)
 
 ModuleClass = TypeVar("ModuleClass", bound=Callable[..., nn.Module])
 SampleInput = Callable[[int, int], Any]
@@ -41,16 +44,32 @@ def register_expert_class(name: str, sample_input: SampleInput) -> Callable[[Mod
             positional arguments, or a dict of keyword arguments; tensors of [batch_size, …] or BatchTensorProto.
 
     The class is made as `cls(hidden_dim, **options)`. An instance with attributes `args_schema` or `kwargs_schema`
-    speaks for itself: then `sample_input` is not asked. Raises ConfigError when the name is taken.
+    speaks for itself: then `sample_input` is not asked. A class of the same name from the same module replaces its
+    former self, as when a cell of a notebook is run again. Raises ConfigError when another one has the name.
     """
 
     def register(make: ModuleClass) -> ModuleClass:
-        if name in expert_classes and expert_classes[name].make is not make:
-            raise ConfigError(f"expert class {name!r} is registered already; choose another name")
+        known = expert_classes.get(name)
+        if known is not None and known.make is not make:
+            if not _is_former_self(known.make, make):
+                raise ConfigError(
+                    f"expert class {name!r} is registered already, as {_name_of(known.make)}; choose another name"
+                )
+            logger.info("expert class %r was registered before; %s replaces it", name, _name_of(make))
         expert_classes[name] = ExpertClass(make, sample_input)
         return make
 
     return register
+
+
+def _is_former_self(known: object, make: object) -> bool:
+    names = [(getattr(each, "__module__", None), getattr(each, "__qualname__", None)) for each in (known, make)]
+    return None not in names[0] and (names[0] == names[1] or names[0][0] == names[1][0] == "__main__")
+
+
+def _name_of(make: object) -> str:
+    name = getattr(make, "__qualname__", None)
+    return f"{getattr(make, '__module__', '?')}.{name}" if name else repr(make)
 
 
 def make_expert(

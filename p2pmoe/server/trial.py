@@ -75,7 +75,8 @@ def examine(name: str, expert: nn.Module, forward_schema: Any, device: torch.dev
 
 def materialize(name: str, expert: nn.Module, forward_schema: Any) -> None:
     """Lazy modules get their parameters, drawn by torch's generator as it is. Raises SchemaError."""
-    in_short_thread(lambda: _materialize(name, expert, forward_schema, torch.device("cpu")))
+    if _is_lazy(expert):
+        in_short_thread(lambda: _materialize(name, expert, forward_schema, torch.device("cpu")))
 
 
 def _materialize(name: str, expert: nn.Module, schema: Any, device: torch.device) -> None:
