@@ -18,6 +18,7 @@ from p2pmoe.errors import ClosedError, P2PMoEError, PeerUnreachableError
 from p2pmoe.experts.cache import ChildrenCache
 from p2pmoe.experts.children import NO_CHILDREN, Children, Provider, children_of
 from p2pmoe.experts.declarations import Child, Declarations, Values, by_prefix
+from p2pmoe.experts.own_slots import OwnSlots
 from p2pmoe.experts.uid import ExpertUid, UidPattern, parse_prefix, parse_uid, prefix_of
 from p2pmoe.faults import unexpected, watch
 from p2pmoe.types import Endpoint, PeerId
@@ -76,6 +77,7 @@ class ExpertDirectory:
         self._readdress = readdress
         self._cache = ChildrenCache(clock, max_age_s=cache_s, negative_s=negative_cache_s)
         self._declarations = Declarations(lambda: dht.signer.max_value_bytes)
+        self._own_slots = OwnSlots(dht)
         self._declaring: asyncio.Lock | None = None
         self._reads: dict[str, asyncio.Task[Children]] = {}
         self._refreshing: set[str] = set()
@@ -104,6 +106,7 @@ class ExpertDirectory:
             InvalidUidError: a uid breaks the grammar.
             EncodeError: a digest or endpoint cannot be written, or a prefix has too many children or schemas.
             DelegationError: in a closed swarm, we have no delegation that covers all of them now.
+            IdentityError: a second node holds our key, and is the one that goes on.
             BootstrapError, PeerUnreachableError: nobody took some of the records; the rest is announced.
             ClosedError: the DHT node is not running.
         """
@@ -216,16 +219,18 @@ class ExpertDirectory:
 
     async def _declare(self, wanted: Mapping[str, Sequence[Child]], endpoint: Endpoint, ttl_s: float) -> None:
         async with self._lock():
+            await self._own_slots.require_ours(endpoint)
             await self._publish(self._declarations.add(wanted, endpoint, self._clock(), ttl_s), ttl_s)
 
     async def _withdraw(self, gone: Sequence[ExpertUid]) -> None:
         async with self._lock():
             values, ttl_s = self._declarations.remove(gone, self._clock(), self.dht.config.ttl_s)
-            if values:
+            if values and not self._own_slots.is_yielding:
                 await self._publish(values, ttl_s)
 
     async def _publish(self, values: Values, ttl_s: float) -> None:
         taken = await self.dht.put_many(values, ttl_s)
+        self._own_slots.wrote(values)
         for prefix in values:
             self._cache.invalidate(prefix)
         refused = [prefix for prefix, count in taken.items() if not count]
