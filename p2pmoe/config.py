@@ -19,6 +19,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from p2pmoe.config_rules import first_conflict, first_conflict_of_limits
 from p2pmoe.errors import ConfigError, shown
 from p2pmoe.files import beside, expand_home, without_mark
 from p2pmoe.types import canonical_host, is_host, is_loopback, parse_ip
@@ -308,7 +309,7 @@ class LogConfig(Section, frozen=True):
 class NodeConfig(Section, frozen=True):
     """All settings of a node. The defaults listen on loopback, on ports the system picks, with a fresh identity.
 
-    Raises nothing by itself; `load` and `parse` raise ConfigError.
+    Raises ConfigError for settings that cannot work together (`config_rules`).
     """
 
     identity_path: str | None = None
@@ -327,6 +328,12 @@ class NodeConfig(Section, frozen=True):
     access: AccessConfig = AccessConfig()
     admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        conflict = first_conflict(self.to_dict())
+        if conflict is not None:
+            raise ConfigError(conflict)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> NodeConfig:
@@ -387,9 +394,14 @@ class NodeConfig(Section, frozen=True):
             dht["initial_peers"] = [peer]
         _put_none(merged)
         try:
-            return msgspec.convert(merged, cls)
+            config = msgspec.convert(merged, cls)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{source}: {shown(_readable(error))}") from error
+        written = {table: value for table, value in merged.items() if isinstance(value, dict)}
+        conflict = first_conflict_of_limits(config.to_dict(), written)
+        if conflict is not None:
+            raise ConfigError(f"{source}: {conflict}")
+        return config
 
     @classmethod
     def check_value(cls, key_path: str, value: Any, *, source: str) -> None:
@@ -538,4 +550,6 @@ def _readable(error: msgspec.ValidationError, key_path: str = "") -> str:
         return f"{key}: unknown key; see node.toml for every key and its default"
     if _OWN_KEY_RE.match(message):  # our own words name the key already
         return f"{key}.{message}" if key else message
+    if not key and " " in message and not message.startswith(("Expected", "Object")):  # settings that conflict
+        return message
     return f"{key or 'top level'}: {message[0].lower()}{message[1:]}"

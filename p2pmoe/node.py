@@ -25,7 +25,9 @@ from p2pmoe.dht.addresses import reached_at
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.dht.observations import reachable_host
 from p2pmoe.errors import ClosedError, ConfigError
+from p2pmoe.experts.declarations import check_announceable
 from p2pmoe.experts.directory import ExpertDirectory
+from p2pmoe.experts.uid import first_repeated
 from p2pmoe.faults import run_loop
 from p2pmoe.identity import Identity, SwarmKey, load_admin_token
 from p2pmoe.metrics import NodeMetrics
@@ -37,7 +39,7 @@ from p2pmoe.server.backend import ExpertBackend
 from p2pmoe.server.descriptors import fit_connections
 from p2pmoe.server.exposition import render_experts
 from p2pmoe.server.handlers import ExpertHandlers
-from p2pmoe.server.hosting import make_backends
+from p2pmoe.server.hosting import check_limits, make_backends
 from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.runtime import Runtime
 from p2pmoe.server.screening import guard_experts
@@ -172,6 +174,7 @@ class Node:
         with as_in_a_new_thread():  # other threads train what is made here, in whatever mode this one is
             made = make_backends(config.experts, config.batching, config.optimizer, config.devices)
             self.backends = self._given + made
+            check_limits(self.backends, config.limits)
             guard_experts(self.backends, config.gate, self.metrics)
         runtimes = self._start_runtimes(parts)
         self.handlers = ExpertHandlers(
@@ -192,9 +195,8 @@ class Node:
         self._watch(runtimes)
 
     def _start_runtimes(self, parts: contextlib.AsyncExitStack) -> dict[str, Runtime]:
-        names = [backend.name for backend in self.backends]
-        if len(set(names)) != len(names):
-            raise ConfigError(f"two experts have the same uid: {sorted(names)}")
+        if (twice := first_repeated(backend.name for backend in self.backends)) is not None:
+            raise ConfigError(f"two experts have the same uid: {twice}")
         runtimes: dict[str, Runtime] = {}
         for name in dict.fromkeys(str(backend.device) for backend in self.backends):
             runtimes[name] = Runtime(device=name, on_batch=lambda *batch: _started(self.handlers).observe_batch(*batch))
@@ -232,11 +234,13 @@ class Node:
     async def _start_dht(self, parts: contextlib.AsyncExitStack, identity: Identity) -> None:
         config = self.config.dht
         dht = DHTNode(identity, config, swarm_key=self._swarm_key)
+        schemas = {backend.name: backend.schema_digest for backend in self.backends}
+        check_announceable(schemas, _started(self._endpoint))
         await dht.astart()
         parts.push_async_callback(dht.aclose)
         self._dht = dht
         self.directory = ExpertDirectory(dht, readdress=self._as_seen)
-        schemas = {backend.name: backend.schema_digest for backend in self.backends}
+        self.directory.check(schemas)  # again: the delegation was read just now
         announcer = Announcer(self.directory, schemas, self.endpoint, ttl_s=config.ttl_s, refresh_s=config.refresh_s)
         parts.push_async_callback(announcer.close)
         await announcer.start()

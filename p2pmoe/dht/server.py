@@ -6,10 +6,12 @@ kademlia's `Server` with its look-ups, storage and persistence replaced. Knows n
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, Final, Self
@@ -43,11 +45,23 @@ from p2pmoe.protocol.datagrams import (
     proof_text,
 )
 from p2pmoe.protocol.records import Record
+from p2pmoe.seldom import Seldom
+
+log = logging.getLogger(__name__)
 
 RECEIVE_BUFFER_BYTES: Final = 4 * 1024 * 1024
 MAX_REPAIRS: Final = 16
 PINGS_PER_ROUND: Final = 16
 BUCKET_STALE_S: Final = 600.0
+_CLOCK: Final = "is this machine's clock right to half a minute, and is our key in use on one machine only?"
+REMEDIES: Final = {
+    Status.STALE: _CLOCK,
+    Status.EXPIRED: _CLOCK,
+    Status.MALFORMED: "they speak another version; upgrade the older of the two",
+    Status.BAD_SIGNATURE: "they speak another version; upgrade the older of the two",
+    Status.NOT_DELEGATED: "ask the swarm's owner for a delegation (`p2pmoe id delegate`) and set dht.delegation_path",
+}
+"""What to do about a refusal that lasts; the others are over when there is room again."""
 OWN: Final = "own"
 """The source that our own records are counted under."""
 
@@ -73,6 +87,7 @@ class SwarmServer(Server):  # type: ignore[misc]
         sign: Callable[[bytes], bytes] | None = None,
     ) -> None:
         super().__init__(ksize=BUCKET_SIZE, alpha=ALPHA, node_id=node_id)
+        self._refused = Seldom()
         self.header = header_of(swarm_id)
         self._announce_port = announce_port
         self._sign = sign
@@ -235,19 +250,42 @@ class SwarmServer(Server):  # type: ignore[misc]
         taken = REPLICAS - places
         batches = _batches([record.raw for record in records], self._sizes.page)
         waiting = list(nearest)
+        refusals: Counter[Status] = Counter()
+        handed = 0
         while places > 0 and waiting:
             chosen, waiting = waiting[:places], waiting[places:]
             results = await asyncio.gather(*(self._store_batches(each, key, batches) for each in chosen))
-            taken += sum(results)
-            places -= sum(results)
+            took = sum(result is Status.STORED for result in results)
+            refusals.update(result for result in results if result is not None)
+            handed += took
+            taken += took
+            places -= took
+        if not handed:
+            self._tell_refused(refusals)
         return taken
 
-    async def _store_batches(self, contact: Contact, key: bytes, batches: Sequence[list[bytes]]) -> bool:
+    async def _store_batches(self, contact: Contact, key: bytes, batches: Sequence[list[bytes]]) -> Status | None:
+        """What became of all of them: stored, or why the first one was refused; None when nobody answered."""
         for batch in batches:
             statuses = await self.protocol.call_store(contact, key, batch)
-            if not statuses or any(status is not Status.STORED for status in statuses):
-                return False
-        return True
+            if not statuses:
+                return None
+            refused = next((status for status in statuses if status is not Status.STORED), None)
+            if refused is not None:
+                return refused
+        return Status.STORED
+
+    def _tell_refused(self, refusals: Counter[Status]) -> None:
+        """Everybody who was asked said no: they are right, and it is not over by itself."""
+        reason = next((status for status, _ in refusals.most_common() if status in REMEDIES), None)
+        if reason is not None and (note := self._refused.note()) is not None:
+            log.error(
+                "all %d nodes that were asked refuse our records (%s): %s%s",
+                refusals.total(),
+                reason.name.lower().replace("_", " "),
+                REMEDIES[reason],
+                note,
+            )
 
     def _store_here(self, key: bytes, records: Iterable[Record]) -> bool:
         try:

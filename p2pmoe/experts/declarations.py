@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
-from p2pmoe.errors import DelegationError, EncodeError
-from p2pmoe.experts.bundles import pack_bundles, tombstone
+from p2pmoe.errors import ConfigError, DelegationError, EncodeError
+from p2pmoe.experts.bundles import MAX_CHILDREN, pack_bundles, tombstone
 from p2pmoe.experts.uid import ExpertUid, parse_uid, prefix_of
 from p2pmoe.protocol.records import MAX_PARTS, MAX_VALUE_BYTES
 from p2pmoe.types import Endpoint
@@ -15,6 +16,9 @@ Child = tuple[int, str]
 """A child's number and its schema digest in hex, empty for a child that is only a prefix."""
 Values = dict[str, dict[int, bytes]]
 """Record values by prefix and part."""
+ANY_DIGEST: Final = "00" * 8
+"""Stands for a digest that is not known yet."""
+_LONGEST: Final = Endpoint("255.255.255.255", 65535, "https")
 
 
 @dataclass(slots=True)
@@ -116,6 +120,27 @@ class Declarations:
     def __repr__(self) -> str:
         count = sum(len(declared.children) for declared in self._by_prefix.values())
         return f"<Declarations {count} children under {len(self._by_prefix)} prefixes>"
+
+
+def check_announceable(
+    schemas: Mapping[str, str], endpoint: Endpoint = _LONGEST, max_value_bytes: int = MAX_VALUE_BYTES
+) -> None:
+    """Whether these experts (uid to schema digest) can be announced at all, before anybody is asked.
+
+    Raises:
+        ConfigError: a prefix would take more records than a node may have there, or the endpoint cannot be written.
+        InvalidUidError: a uid breaks the grammar.
+    """
+    for prefix, children in by_prefix(schemas).items():
+        try:
+            pack_bundles(endpoint, children, max_value_bytes)
+        except EncodeError as error:
+            raise ConfigError(
+                f"experts below {prefix} cannot be announced: {error}; a grid with one more dimension, such as "
+                f"{prefix}[0:64].[0:64], has fewer below each prefix"
+                if len(children) > MAX_CHILDREN
+                else f"experts below {prefix} cannot be announced: {error}"
+            ) from error
 
 
 def by_prefix(schemas: Mapping[str, str]) -> dict[str, list[Child]]:

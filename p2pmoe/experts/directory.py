@@ -17,7 +17,7 @@ from p2pmoe.dht.node import DHTNode
 from p2pmoe.errors import ClosedError, P2PMoEError, PeerUnreachableError
 from p2pmoe.experts.cache import ChildrenCache
 from p2pmoe.experts.children import NO_CHILDREN, Children, Provider, children_of
-from p2pmoe.experts.declarations import Child, Declarations, Values, by_prefix
+from p2pmoe.experts.declarations import Child, Declarations, Values, by_prefix, check_announceable
 from p2pmoe.experts.own_slots import OwnSlots
 from p2pmoe.experts.uid import ExpertUid, UidPattern, parse_prefix, parse_uid, prefix_of
 from p2pmoe.faults import unexpected, watch
@@ -115,6 +115,20 @@ class ExpertDirectory:
             self.dht.signer.require_scope(uid)
         ttl = self.dht.config.ttl_s if ttl_s is None else ttl_s
         await self.dht.call(lambda: self._declare(wanted, self._readdress(endpoint), ttl))
+
+    def check(self, schemas: Mapping[str, str]) -> None:
+        """Raise what `declare` would raise for good, without asking anybody.
+
+        Raises:
+            InvalidUidError: a uid breaks the grammar.
+            ConfigError: there are too many below a prefix.
+            DelegationError: in a closed swarm, we have no delegation that covers all of them now.
+        """
+        signer = self.dht.signer
+        if schemas:
+            check_announceable(schemas, max_value_bytes=signer.max_value_bytes)
+        for uid in schemas:
+            signer.require_scope(uid)
 
     async def withdraw(self, uids: str | Iterable[str]) -> None:
         """Announce that these are gone. Raises as `declare`; uids that were never declared are ignored."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -98,6 +98,30 @@ def expand_pattern(pattern: str) -> list[str]:
     if count > MAX_EXPANSION:
         raise InvalidUidError(f"{_shown(pattern)} stands for {count} uids; at most {MAX_EXPANSION} are taken, split it")
     return [str(parse_uid(str(ExpertUid(name, coordinates)))) for coordinates in itertools.product(*ranges)]
+
+
+def expand_patterns(patterns: Iterable[str]) -> list[str]:
+    """Every uid of several patterns, in their order.
+
+    Raises:
+        InvalidUidError: as `expand_pattern`, or they are more than 65,536 together.
+    """
+    uids: list[str] = []
+    for pattern in patterns:
+        uids += expand_pattern(pattern)
+        if len(uids) > MAX_EXPANSION:
+            raise InvalidUidError(f"over {MAX_EXPANSION} uids up to {_shown(pattern)}; spread them over more nodes")
+    return uids
+
+
+def first_repeated(uids: Iterable[str]) -> str | None:
+    """The first uid that was there before."""
+    seen: set[str] = set()
+    for uid in uids:
+        if uid in seen:
+            return uid
+        seen.add(uid)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

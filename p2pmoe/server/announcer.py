@@ -9,15 +9,20 @@ import asyncio
 import logging
 import random
 from collections.abc import Mapping
+from typing import Final
 
-from p2pmoe.errors import P2PMoEError
+from p2pmoe.config_rules import REFRESH_JITTER
+from p2pmoe.errors import DelegationError, EncodeError, InvalidUidError, P2PMoEError
 from p2pmoe.experts.directory import ExpertDirectory
 from p2pmoe.faults import unexpected
 from p2pmoe.types import Endpoint
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = 2.0  # after a declaration that reached nobody
+FOR_GOOD: Final = (InvalidUidError, EncodeError, DelegationError)
+"""What trying again does not mend by itself."""
+_RETRY_S = 2.0  # after a declaration that reached nobody; twice as long after each further one, up to a refresh
+_RETRY_FOR_GOOD_S = 60.0  # somebody may have replaced the delegation
 
 
 class Announcer:
@@ -39,15 +44,21 @@ class Announcer:
         self._refresh_s = refresh_s
         self._task: asyncio.Task[None] | None = None
         self._failing = False
+        self._retry_s = _RETRY_S
 
     def __repr__(self) -> str:
         return f"<Announcer {self._endpoint}: {len(self._schemas)} experts>"
 
     async def start(self) -> None:
-        """Declare once, then keep refreshing in the background."""
+        """Declare once, then keep refreshing in the background.
+
+        Raises:
+            InvalidUidError, EncodeError: they can never be announced.
+            DelegationError: in a closed swarm, the owner does not let us.
+        """
         if not self._schemas:
             return
-        declared = await self._declare()
+        declared = await self._declare(first=True)
         self._task = asyncio.create_task(self._refresh(declared), name="p2pmoe-announcer")
 
     async def close(self, timeout_s: float = 2.0) -> None:
@@ -66,13 +77,23 @@ class Announcer:
     async def _refresh(self, declared: bool) -> None:
         while True:
             # Jitter keeps a swarm that started together from refreshing together.
-            pause_s = self._refresh_s * random.uniform(0.8, 1.2) if declared else _RETRY_S  # noqa: S311
+            jitter = random.uniform(2 - REFRESH_JITTER, REFRESH_JITTER)  # noqa: S311
+            pause_s = jitter * self._refresh_s if declared else self._retry_s
+            self._retry_s = _RETRY_S if declared else min(2 * self._retry_s, max(self._refresh_s, _RETRY_S))
             await asyncio.sleep(pause_s)
             declared = await self._declare()
 
-    async def _declare(self) -> bool:
+    async def _declare(self, *, first: bool = False) -> bool:
         try:
             await self._directory.declare(self._schemas, self._endpoint, self._ttl_s)
+        except FOR_GOOD as error:
+            if first:
+                raise
+            if not self._failing:
+                logger.error("%d experts are announced no more: %s", len(self._schemas), error)  # noqa: TRY400
+            self._failing = True
+            self._retry_s = _RETRY_FOR_GOOD_S
+            return False
         except P2PMoEError as error:
             if not self._failing:  # one line, not one every try
                 logger.warning("could not declare %d experts: %s; trying on", len(self._schemas), error)

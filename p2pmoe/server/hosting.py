@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from p2pmoe.config import BatchingConfig, ExpertsConfig, OptimizerConfig
+from p2pmoe.config import BatchingConfig, ExpertsConfig, LimitsConfig, OptimizerConfig
 from p2pmoe.errors import ConfigError
-from p2pmoe.experts.uid import expand_pattern
+from p2pmoe.experts.declarations import ANY_DIGEST, check_announceable
+from p2pmoe.experts.uid import expand_patterns, first_repeated
+from p2pmoe.protocol.nested import nested_flatten
+from p2pmoe.protocol.schema import BatchTensorProto
 from p2pmoe.server.backend import ExpertBackend
 from p2pmoe.server.layers import make_expert
 from p2pmoe.server.optimizers import make_optimizer
@@ -26,14 +30,15 @@ def make_backends(
 
     Raises:
         InvalidUidError: a pattern breaks the grammar.
-        ConfigError: the kind, its options, the optimizer or a device is wrong, or a uid is named twice.
+        ConfigError: the kind, its options, the optimizer or a device is wrong, a uid is named twice, or so many are
+            named that they cannot be announced.
     """
     for name in experts.modules:
         _import(name)
-    uids = [uid for pattern in experts.uids for uid in expand_pattern(pattern)]
-    if len(set(uids)) != len(uids):
-        twice = next(uid for uid in uids if uids.count(uid) > 1)
+    uids = expand_patterns(experts.uids)
+    if (twice := first_repeated(uids)) is not None:
         raise ConfigError(f"experts.uids: {twice} is named twice")
+    check_announceable(dict.fromkeys(uids, ANY_DIGEST))  # before thousands of modules are made for nothing
     options = {
         "max_batch_size": batching.max_batch_size,
         "min_batch_size": batching.min_batch_size,
@@ -58,6 +63,33 @@ def make_backends(
             )
         )
     return backends
+
+
+def check_limits(backends: Iterable[ExpertBackend], limits: LimitsConfig) -> None:
+    """Raises ConfigError for an expert whose every call would be refused: one row of it is over a limit already."""
+    for backend in {backend.schema_digest: backend for backend in backends}.values():
+        protos: tuple[BatchTensorProto, ...] = nested_flatten(backend.backward_schema)
+        elements = [math.prod(_least_shape(proto)) for proto in protos]
+        for key, needed, what in (
+            ("max_tensors", len(protos), "tensors"),
+            ("max_rank", max(1 + len(proto.shape) for proto in protos), "dimensions"),
+            ("max_elements", max(elements), "numbers in one tensor"),
+            (
+                "max_body_bytes",
+                sum(count * proto.dtype.itemsize for count, proto in zip(elements, protos, strict=True)),
+                "bytes",
+            ),
+        ):
+            limit = getattr(limits, key)
+            if needed > limit:
+                raise ConfigError(
+                    f"{backend.name}: a backward call of one row has {needed} {what}, limits.{key} = {limit} allows "
+                    f"fewer: every call would be refused; raise the limit or make the expert smaller"
+                )
+
+
+def _least_shape(proto: BatchTensorProto) -> tuple[int, ...]:
+    return tuple(size or 1 for size in proto.shape)
 
 
 def _to_device(module: torch.nn.Module, name: str) -> torch.nn.Module:

@@ -292,3 +292,23 @@ async def test_state_is_printed(make_peer):
     alice = await make_peer("alice")
     assert "0 records" in repr(alice)
     assert "0 in flight" in repr(alice.protocol)
+
+
+async def test_a_refusal_by_everybody_is_told_with_its_remedy(make_swarm, caplog):
+    """A clock that is minutes ahead: our own store takes the records, nobody else's does."""
+    peers = await make_swarm(6)
+    alice = peers[0]
+    alice.clock = lambda: time.time() + 300.0
+    for _ in range(2):
+        assert await alice.set(KEY, [alice.record(KEY)]) <= 1
+    told = [each.getMessage() for each in caplog.records if "refuse our records" in each.getMessage()]
+    assert told == [
+        "all 5 nodes that were asked refuse our records (stale): is this machine's clock right to half a minute, and "
+        "is our key in use on one machine only?"
+    ]
+
+
+async def test_nothing_is_told_where_anybody_takes_them(make_swarm, caplog):
+    peers = await make_swarm(6)
+    assert await peers[0].set(KEY, [peers[0].record(KEY)]) == 6
+    assert "refuse our records" not in caplog.text

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from p2pmoe.errors import EncodeError
+from p2pmoe.errors import ConfigError, EncodeError, InvalidUidError
 from p2pmoe.experts.bundles import decode_bundle
-from p2pmoe.experts.declarations import Declarations, by_prefix
+from p2pmoe.experts.declarations import Declarations, by_prefix, check_announceable
 from p2pmoe.experts.uid import parse_uid
 from p2pmoe.types import Endpoint
 
@@ -78,3 +78,27 @@ def test_a_refused_declaration_leaves_everything_as_it_was():
     with pytest.raises(EncodeError):
         by_prefix({"x.1": ""})
     assert ours.uids(1) == ["x.0"]
+
+
+def test_what_can_never_be_announced_is_told_before_anybody_is_asked() -> None:
+    check_announceable({f"ffn.{number}": A for number in range(3200)}, HERE)
+    with pytest.raises(ConfigError, match=r"below ffn\. cannot be announced: 3201 children .* 8 .*one more dim"):
+        check_announceable({f"ffn.{number}": A for number in range(3201)}, HERE)
+    with pytest.raises(ConfigError, match=r"below ffn\. cannot be announced"):  # the prefixes above them, too
+        check_announceable({f"ffn.{number}.0": A for number in range(3201)}, HERE)
+    with pytest.raises(ConfigError, match=r"below x\. cannot be announced: .*10 schemas"):
+        check_announceable({f"x.{number}": f"{number:02x}" for number in range(10)}, HERE)
+    with pytest.raises(ConfigError, match="cannot announce"):
+        check_announceable({"x.0": A}, Endpoint("a..b", 1))
+    with pytest.raises(ConfigError, match="cannot announce"):
+        check_announceable({"x.0": A}, Endpoint("127.0.0.1", 0))
+    with pytest.raises(InvalidUidError):
+        check_announceable({"no uid": A}, HERE)
+    check_announceable({}, Endpoint("a..b", 1))
+
+
+def test_a_closed_swarms_shorter_values_count() -> None:
+    sparse = {f"x.{number * 100_003}": A for number in range(1200)}
+    check_announceable(sparse, HERE)
+    with pytest.raises(ConfigError, match="parts"):
+        check_announceable(sparse, HERE, 400)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,8 @@ from p2pmoe.experts.uid import (
     ExpertUid,
     UidPattern,
     expand_pattern,
+    expand_patterns,
+    first_repeated,
     is_valid_uid,
     parse_prefix,
     parse_uid,
@@ -146,3 +150,19 @@ def test_whatever_matches_is_reached_from_the_root(pattern, numbers):
 def test_whatever_else_is_no_pattern(pattern):
     with pytest.raises(InvalidUidError):
         UidPattern.parse(pattern)
+
+
+def test_patterns_are_bounded_together() -> None:
+    assert expand_patterns(["ffn.[0:2]", "x.7"]) == ["ffn.0", "ffn.1", "x.7"]
+    with pytest.raises(InvalidUidError, match="over 65536 uids"):
+        expand_patterns(f"ffn.{number}.[0:65536]" for number in range(10**9))
+    with pytest.raises(InvalidUidError, match="1000000000000 uids"):
+        expand_patterns(["ffn.[0:1000000].[0:1000000]"])
+
+
+def test_a_uid_named_twice_among_forty_thousand_is_found_at_once() -> None:
+    uids = [f"ffn.{number}" for number in range(40_000)]
+    begin = time.thread_time()
+    assert first_repeated([*uids, "ffn.39999"]) == "ffn.39999"
+    assert first_repeated(uids) is None
+    assert time.thread_time() - begin < 0.5

@@ -14,9 +14,9 @@ from swarm_kit import same_bits
 from torch import nn
 
 from p2pmoe import BatchTensorProto, register_expert_class
-from p2pmoe.config import BatchingConfig, ExpertsConfig, OptimizerConfig
+from p2pmoe.config import BatchingConfig, ExpertsConfig, LimitsConfig, OptimizerConfig
 from p2pmoe.errors import ConfigError, InvalidUidError, SchemaError
-from p2pmoe.server.hosting import make_backends
+from p2pmoe.server.hosting import check_limits, make_backends
 from p2pmoe.server.layers import expert_classes, make_expert
 from p2pmoe.server.optimizers import OPTIMIZERS, make_optimizer, schedule_factor
 
@@ -182,6 +182,7 @@ def test_a_seed_makes_every_uid_reproducible_and_leaves_the_random_state_alone()
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
+        ({"uids": ("ffn.[0:4000]",)}, ConfigError, r"4000 children .* 8 are allowed.*ffn\.\[0:64\]"),
         ({"uids": ("ffn.0", "ffn.[0:2]")}, ConfigError, "ffn.0 is named twice"),
         ({"uids": ("ffn.[0:2",)}, InvalidUidError, "ffn"),
         ({"devices": ("warp",)}, ConfigError, "devices"),
@@ -220,3 +221,18 @@ def test_sections_are_immutable() -> None:
     with pytest.raises(AttributeError):
         OptimizerConfig().lr = 3.0  # type: ignore[misc]
     assert msgspec.structs.replace(OptimizerConfig(), lr=0.5).lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_tensors": 1}, r"ffn\.0: a backward call of one row has 2 tensors, limits\.max_tensors = 1"),
+        ({"max_rank": 1}, r"2 dimensions, limits\.max_rank = 1"),
+        ({"max_elements": 3}, r"4 numbers in one tensor, limits\.max_elements = 3"),
+        ({"max_body_bytes": 31}, r"32 bytes, limits\.max_body_bytes = 31"),
+    ],
+)
+def test_an_expert_whose_every_call_would_be_refused_is_refused_itself(limits: dict[str, int], message: str) -> None:
+    check_limits(backends(), LimitsConfig())
+    with pytest.raises(ConfigError, match=message):
+        check_limits(backends(), LimitsConfig(**limits))
