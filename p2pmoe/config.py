@@ -304,6 +304,8 @@ class LogConfig(Section, frozen=True):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
+    heartbeat_s: Seconds | None = 60.0
+    """How often a line says what the node has done; leave out with `heartbeat_s = false`."""
 
 
 class NodeConfig(Section, frozen=True):
@@ -447,6 +449,7 @@ _FALSE_MEANS: Final[tuple[tuple[str, str, float | None], ...]] = (  # TOML has n
     ("limits", "caller_bytes_per_s", math.inf),
     ("limits", "caller_updates_per_s", math.inf),
     ("access", "sessions_per_s", math.inf),
+    ("log", "heartbeat_s", None),
 )
 
 

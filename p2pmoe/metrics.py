@@ -141,6 +141,17 @@ class NodeMetrics:
             yield counter
         yield from _histograms(_by_direction(passes), pace, labels=["pass"])
 
+    def totals(self) -> dict[str, int]:
+        """Calls, optimizer steps, refused and failed calls of all experts since the start. For any thread."""
+        calls = updates = refused = failed = 0
+        for stats in _paced(list(self._passes.values()), Pace()):
+            updates += stats.updates
+            for outcome, count in list(stats.outcomes.items()):
+                calls += count
+                if outcome != "ok":
+                    failed, refused = (failed + count, refused) if outcome == "500" else (failed, refused + count)
+        return {"calls": calls, "updates": updates, "refused": refused, "failed": failed}
+
     def render(self) -> tuple[bytes, str]:
         """The exposition text and its content type. For any thread; lets the others work, see `Pace`."""
         return generate_latest(_Paced(self.registry.collect())), CONTENT_TYPE_LATEST

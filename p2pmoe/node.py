@@ -28,7 +28,7 @@ from p2pmoe.errors import ClosedError, ConfigError
 from p2pmoe.experts.declarations import check_announceable
 from p2pmoe.experts.directory import ExpertDirectory
 from p2pmoe.experts.uid import first_repeated
-from p2pmoe.faults import run_loop
+from p2pmoe.faults import own, run_loop
 from p2pmoe.identity import Identity, SwarmKey, load_admin_token
 from p2pmoe.metrics import NodeMetrics
 from p2pmoe.protocol.modes import as_in_a_new_thread
@@ -39,6 +39,7 @@ from p2pmoe.server.backend import ExpertBackend
 from p2pmoe.server.descriptors import fit_connections
 from p2pmoe.server.exposition import render_experts
 from p2pmoe.server.handlers import ExpertHandlers
+from p2pmoe.server.heartbeat import Heartbeat, describe_experts
 from p2pmoe.server.hosting import check_limits, make_backends
 from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.runtime import Runtime
@@ -85,6 +86,7 @@ class Node:
         self._dht: DHTNode | None = None
         self._endpoint: Endpoint | None = None
         self._http: HttpServer | None = None
+        self._quota = CallerQuota(self.config.limits, clock=time.monotonic)
         self.directory: ExpertDirectory | None = None
         self.handlers: ExpertHandlers | None = None
         self._begun = self._is_parents = False
@@ -134,6 +136,8 @@ class Node:
             await self._start(parts)
             self._parts = parts.pop_all()
         logger.info("node %s serves %d experts at %s", self.peer_id, len(self.backends), self._endpoint)
+        if self.backends:
+            logger.info("%s", describe_experts((each.name, each.update_count) for each in self.backends))
 
     async def close(self, *, drain: bool = True) -> None:
         """Withdraw the experts, let running calls end for at most `http.drain_timeout_s`, stop. Safe to call twice."""
@@ -182,7 +186,7 @@ class Node:
             runtimes.values(),
             metrics=self.metrics,
             peer_id=self._identity.peer_id,
-            quota=CallerQuota(config.limits, clock=time.monotonic),
+            quota=self._quota,
         )
         for backend in self.backends:
             for pool in backend.get_pools():
@@ -193,6 +197,7 @@ class Node:
         await self._start_dht(parts, self._identity)
         self.stage = "serving"
         self._watch(runtimes)
+        self._start_heartbeat(parts)
 
     def _start_runtimes(self, parts: contextlib.AsyncExitStack) -> dict[str, Runtime]:
         if (twice := first_repeated(backend.name for backend in self.backends)) is not None:
@@ -244,6 +249,20 @@ class Node:
         announcer = Announcer(self.directory, schemas, self.endpoint, ttl_s=config.ttl_s, refresh_s=config.refresh_s)
         parts.push_async_callback(announcer.close)
         await announcer.start()
+
+    def _start_heartbeat(self, parts: contextlib.AsyncExitStack) -> None:
+        every_s = self.config.log.heartbeat_s
+        if every_s is None:
+            return
+        quota, http, dht = self._quota, _started(self._http), self.dht
+
+        def show(since: float) -> dict[str, int]:
+            connections = http.admission.connections
+            return {"callers": quota.active_since(since), "connections": connections, "dht_peers": dht.peer_count}
+
+        beating: set[asyncio.Task[None]] = set()
+        heartbeat = Heartbeat(every_s, self.metrics.totals, show)
+        parts.callback(own(heartbeat.run(), beating, "the heartbeat").cancel)
 
     def _as_seen(self, endpoint: Endpoint) -> Endpoint:
         if self.config.http.announce_host or self._dht is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 
@@ -13,6 +16,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Nodes that tests start as a user would keep their keys apart from the user's own.
+os.environ["XDG_DATA_HOME"] = os.environ["LOCALAPPDATA"] = tempfile.mkdtemp(prefix="p2pmoe-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_DATA_HOME"], ignore_errors=True)
 settings.register_profile("p2pmoe", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("p2pmoe")
 torch.set_num_threads(1)  # the tests' own threads share the cores

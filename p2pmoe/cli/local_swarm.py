@@ -38,7 +38,9 @@ class NodeProcess:
         config_path.write_text(settings, encoding="utf-8")
         self._lines: queue.Queue[str] = queue.Queue()
         with self.log_path.open("wb") as log:
-            self._process = _spawn(["node", "-c", str(config_path), "--json", "--exit-with-parent"], stderr=log)
+            self._process = _spawn(
+                ["node", "-c", str(config_path), "--json", "--exit-with-parent", "--temporary-identity"], stderr=log
+            )
         # A thread, for pipes cannot be waited for with a deadline on every system.
         self._reader = threading.Thread(target=self._read_output, name=f"p2pmoe-{name}", daemon=True)
         self._reader.start()

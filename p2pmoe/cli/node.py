@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from p2pmoe.cli.arguments import AsJson, InitialPeers, Owner, SwarmId, SwarmKeyFile, at_home
+from p2pmoe.cli.joining import NO_EXPERTS, explain, free_experts, join_line
 from p2pmoe.cli.logs import set_up_logs
 from p2pmoe.cli.output import print_json
+from p2pmoe.cli.own_identity import own_identity_path
 from p2pmoe.cli.process import prepare_process
-from p2pmoe.cli.settings import load_node_config, split_lists
+from p2pmoe.cli.settings import load_node_config, read_value, split_lists
 from p2pmoe.cli.stopping import StopSignals, exit_with_parent
 from p2pmoe.cli.terminal import finish_streams
 from p2pmoe.config import NodeConfig
-from p2pmoe.errors import P2PMoEError
+from p2pmoe.errors import ConfigError, InvalidUidError, P2PMoEError
+from p2pmoe.experts.uid import expand_pattern
 from p2pmoe.server.descriptors import allow_open_files
 
 if TYPE_CHECKING:
@@ -59,7 +63,20 @@ def node(
     allow_alone: Annotated[
         bool | None, typer.Option("--allow-alone", help="Start also when no initial peer answers, and go on trying.")
     ] = None,
-    identity: Annotated[str | None, typer.Option(metavar="KEY_FILE", help="Key file, made if missing.")] = None,
+    modules: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Python files with expert classes of your own.")
+    ] = None,
+    expert_options: Annotated[
+        str | None,
+        typer.Option("--expert-options", metavar="TOML", help="More of the class, e.g. '{inner_dim = 1024}'."),
+    ] = None,
+    identity: Annotated[
+        str | None,
+        typer.Option(metavar="KEY_FILE", help="Key file, made if missing; without it one in your data folder."),
+    ] = None,
+    temporary: Annotated[
+        bool, typer.Option("--temporary-identity", help="A key that ends with this node; for nodes of a moment.")
+    ] = False,
     swarm_id: SwarmId = None,
     owner: Owner = None,
     delegation: Annotated[
@@ -81,6 +98,9 @@ def node(
     if parent:
         exit_with_parent()
     prepare_process()
+    uids = split_lists(experts)
+    for pattern in uids or ():
+        expand_pattern(pattern)  # wrong usage where it is none; of a file it is a wrong setting
     flags = {
         "dht.allow_alone": allow_alone,
         "dht.announce_host": announce_host,
@@ -95,8 +115,10 @@ def node(
         "devices": split_lists(device),
         "experts.hidden_dim": hidden_dim,
         "experts.kind": kind,
+        "experts.modules": tuple(modules) if modules else None,
+        "experts.options": expert_options and read_value("experts.options", expert_options, source="--expert-options"),
         "experts.seed": seed,
-        "experts.uids": split_lists(experts),
+        "experts.uids": uids,
         "http.announce_host": announce_host,
         "http.announce_port": announce_port,
         "http.host": host,
@@ -107,9 +129,22 @@ def node(
         "torch_threads": torch_threads,
     }
     settings = load_node_config(config, flags)
+    _check_patterns(settings, "P2PMOE_EXPERTS_UIDS" if config is None else str(config))
     set_up_logs(settings.log)
     allow_open_files(settings.limits.max_connections)
-    asyncio.run(_serve(settings, as_json=as_json))
+    with contextlib.nullcontext() if temporary or settings.identity_path else own_identity_path() as own:
+        if own is not None or temporary:
+            settings = msgspec.structs.replace(settings, identity_path=str(own) if own else None)
+        asyncio.run(_serve(settings, as_json=as_json))
+
+
+def _check_patterns(settings: NodeConfig, source: str) -> None:
+    """Raises ConfigError: a pattern of a file or a variable is a setting."""
+    try:
+        for pattern in settings.experts.uids:
+            expand_pattern(pattern)
+    except InvalidUidError as error:
+        raise ConfigError(f"{source}: experts.uids: {error}") from error
 
 
 async def _serve(config: NodeConfig, *, as_json: bool) -> None:
@@ -120,7 +155,7 @@ async def _serve(config: NodeConfig, *, as_json: bool) -> None:
         if not await _started(node, signals):
             return
         try:
-            _introduce(node, as_json=as_json)
+            await _introduce(node, as_json=as_json)
             await signals.wait()
             logger.info("leaving: running calls may end; a second signal ends them")
         finally:
@@ -147,12 +182,18 @@ async def _started(node: Node, signals: StopSignals) -> bool:
         await asyncio.gather(starting, stopping, return_exceptions=True)
 
 
-def _introduce(node: Node, *, as_json: bool) -> None:
+async def _introduce(node: Node, *, as_json: bool) -> None:
     """Say how to join. Where nobody takes that, the node serves all the same."""
-    line = join_line(node.dht_address, node.config)
+    if node.config.identity_path is not None:
+        logger.info("this node's key is %s", node.config.identity_path)
+    line = join_line(node.dht_address, node.config, await free_experts(node))
+    if not node.backends:
+        logger.warning(NO_EXPERTS)
+    if explanation := explain(node.config):
+        logger.info("%s", explanation)
     try:
         if as_json:
-            print_json(_describe(node))
+            print_json(_describe(node, line))
         else:
             typer.echo(line)
     except OSError as error:
@@ -160,23 +201,11 @@ def _introduce(node: Node, *, as_json: bool) -> None:
         logger.warning("nobody takes standard output: %s; others join with: %s", error.strerror, line)
 
 
-def join_line(dht_address: str, config: NodeConfig) -> str:
-    """The command that starts another node of the same swarm; files stand for what its keeper has to be given."""
-    words = ["p2pmoe", "node", "--initial-peers", dht_address]
-    if config.dht.swarm_id != NodeConfig().dht.swarm_id:
-        words += ["--swarm-id", config.dht.swarm_id]
-    if config.dht.owner is not None:
-        words += ["--owner", config.dht.owner, "--identity", "KEY_FILE", "--delegation", "FILE"]
-    if config.access.swarm_key_path is not None:
-        words += ["--swarm-key", "FILE"]
-    return shlex.join(words)
-
-
-def _describe(node: Node) -> dict[str, Any]:
+def _describe(node: Node, line: str) -> dict[str, Any]:
     return {
         "peer_id": node.peer_id,
         "dht_address": node.dht_address,
         "endpoint": node.endpoint.url,
         "experts": [backend.name for backend in node.backends],
-        "join": join_line(node.dht_address, node.config),
+        "join": line,
     }

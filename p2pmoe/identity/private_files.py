@@ -38,8 +38,7 @@ def read_private_file(path: Path, remedy: str = "start a node once to make it, o
                 raise IdentityError(f"key file {path} is no regular file")
             if os.name == "posix" and mode & 0o077 and not _is_mounted_secret(mode, status.st_uid):
                 raise IdentityError(
-                    f"key file {path} can be read by others (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}, "
-                    f"or mount it as a secret of mode 0440 that root owns"
+                    f"key file {path} can be read by others (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}"
                 )
             return without_mark(file.read(MAX_KEY_FILE_BYTES + 1))
     except FileNotFoundError as error:

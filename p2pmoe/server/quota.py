@@ -5,6 +5,7 @@ A refusal says when to come again.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ _MAX_RETRY_S = 3600.0
 class CallerAccount:
     """What one caller has used."""
 
-    __slots__ = ("bytes", "calls", "running", "updates")
+    __slots__ = ("bytes", "calls", "running", "seen_at", "updates")
 
     def __init__(self, limits: LimitsConfig, now: float) -> None:
         burst_s = limits.caller_burst_s
@@ -26,6 +27,8 @@ class CallerAccount:
         self.bytes = TokenBucket(limits.caller_bytes_per_s, limits.caller_bytes_per_s * burst_s, now)
         self.updates = TokenBucket(limits.caller_updates_per_s, max(1.0, limits.caller_updates_per_s * burst_s), now)
         self.running = 0
+        self.seen_at = now
+        """When the last call came."""
 
     def begin(self) -> None:
         """A call is queued."""
@@ -61,6 +64,10 @@ class CallerQuota:
             self._accounts.move_to_end(key)
         return account
 
+    def active_since(self, then: float) -> int:
+        """Callers of whom a call came since then, on the clock; the last one came last."""
+        return sum(1 for _ in itertools.takewhile(lambda each: each.seen_at >= then, reversed(self._accounts.values())))
+
     def count_call(self, key: str) -> CallerAccount:
         """Before anything is done for a call. Raises OverloadedError."""
         account = self.account(key)
@@ -69,7 +76,8 @@ class CallerQuota:
             raise _refuse(
                 f"{account.running} of your calls are waiting here, the limit is {limits.caller_max_calls}", 1
             )
-        if wait_s := account.calls.take(1.0, self._clock()):
+        account.seen_at = now = self._clock()
+        if wait_s := account.calls.take(1.0, now):
             raise _refuse(f"over {limits.caller_calls_per_s:g} calls a second of one caller", wait_s)
         return account
 

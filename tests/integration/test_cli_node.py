@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 from collections.abc import Iterator
@@ -45,7 +46,8 @@ def test_the_first_signal_drains_and_the_second_leaves_at_once() -> None:
         description = json.loads(node.stdout.next())
         assert set(description) == {"peer_id", "dht_address", "endpoint", "experts", "join"}
         assert description["experts"] == ["ffn.0"]
-        assert description["join"] == f"p2pmoe node --initial-peers {description['dht_address']}"
+        line = f"p2pmoe node --initial-peers {description['dht_address']} --experts ffn.1 --hidden-dim 8"
+        assert description["join"] == line
         with hold_a_request(description["endpoint"]):
             node.interrupt()
             assert json.loads(node.stderr.wait_for("leaving"))["level"] == "info"
@@ -67,7 +69,59 @@ def test_a_node_that_is_asked_to_leave_ends_in_good_order() -> None:
 
         assert node.wait(10.0) == 0
         assert node.stdout.text == line
+        assert node.stderr.text.count("this node hosts no experts, it only helps others to find each other") == 1
         assert "Traceback" not in node.stderr.text
+
+
+def test_the_line_that_a_node_prints_starts_another_with_experts_that_nobody_has(tmp_path: Path) -> None:
+    config = tmp_path / "node.toml"
+    config.write_text('[experts]\nuids = ["ffn.[0:2].[0:2]"]\nhidden_dim = 8\n[log]\nheartbeat_s = 0.2\n')
+    with Command("node", "-c", str(config)) as first:
+        words = shlex.split(first.stdout.next())
+        assert words[:3] == ["p2pmoe", "node", "--initial-peers"]
+        assert words[4:] == ["--experts", "ffn.[2:4].[0:2]", "--hidden-dim", "8"]
+        with Command(*words[1:], "--json") as second:
+            description = json.loads(second.stdout.next())
+            assert description["experts"] == ["ffn.2.0", "ffn.2.1", "ffn.3.0", "ffn.3.1"]
+            third = shlex.split(description["join"])
+            assert third[4:] == ["--experts", "ffn.[4:6].[0:2]", "--hidden-dim", "8"]
+        said = first.stderr.wait_for("heartbeat: in the last")
+        assert " calls=0 updates=0 refused=0 failed=0 callers=0 connections=0 " in said
+        assert "ffn.0.[0:2]: 0 updates, ffn.1.[0:2]: 0 updates" in first.stderr.text
+        assert "hosts no experts" not in first.stderr.text
+
+
+def test_a_node_keeps_its_name_and_two_of_one_user_have_two(tmp_path: Path) -> None:
+    environ = {"XDG_DATA_HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path), "HOME": str(tmp_path)}
+    names = []
+    for _ in range(2):
+        with Command("node", "--json", **environ) as first, Command("node", "--json", **environ) as second:
+            running = [json.loads(each.stdout.next())["peer_id"] for each in (first, second)]
+            names.append(sorted(running))
+            first.stderr.wait_for("identity")
+    assert names[0] == names[1]
+    assert len(set(names[0])) == 2
+    with Command("node", "--temporary-identity", "--json", **environ) as third:
+        assert json.loads(third.stdout.next())["peer_id"] not in names[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code"),
+    [
+        (["--experts", "ffn.*"], {}, 2),
+        ([], {"P2PMOE_EXPERTS_UIDS": "ffn.*"}, 3),
+        (["-c", "node.toml"], {}, 3),
+    ],
+)
+def test_a_pattern_that_is_none_is_wrong_usage_or_a_wrong_setting(
+    arguments: list[str], variables: dict[str, str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("node.toml").write_text('[experts]\nuids = ["ffn.*"]\n')
+    found, out, err = run_command("node", *arguments, **variables)
+    assert (found, out) == (code, "")
+    assert err.endswith("'ffn.*' names no finite set of experts; write ranges such as ffn.[0:4].[0:4]\n")
+    assert err.count("\n") == 1
 
 
 def test_a_node_leaves_with_its_parent() -> None:
