@@ -21,7 +21,7 @@ import torch
 
 from p2pmoe import __version__, forks
 from p2pmoe.config import HttpConfig, NodeConfig
-from p2pmoe.dht.addresses import reached_at
+from p2pmoe.dht.addresses import is_wildcard, reached_at
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.dht.observations import reachable_host
 from p2pmoe.errors import ClosedError, ConfigError
@@ -44,7 +44,7 @@ from p2pmoe.server.hosting import check_limits, make_backends
 from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.runtime import Runtime
 from p2pmoe.server.screening import guard_experts
-from p2pmoe.types import Endpoint, PeerId, canonical_host
+from p2pmoe.types import Endpoint, PeerId, canonical_host, is_loopback
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -227,6 +227,11 @@ class Node:
         parts.push_async_callback(lambda: server.drain(self._drain_timeout_s))
         public_key = _started(self._identity).public_key
         port = config.announce_port or server.port
+        if is_wildcard(config.host) and not config.announce_host and is_loopback(_announced_host(config)):
+            logger.warning(
+                "calls are taken on all interfaces, but this machine has loopback alone: nobody else reaches it until "
+                "it has a network (or http.announce_host says where it is reached)"
+            )
         if config.announce_port and not config.port:
             logger.warning(
                 "http.announce_port = %d with http.port = 0: the port mapping has to lead to port %d, which the system "

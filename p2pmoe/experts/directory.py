@@ -21,6 +21,7 @@ from p2pmoe.experts.declarations import Child, Declarations, Values, by_prefix, 
 from p2pmoe.experts.own_slots import OwnSlots
 from p2pmoe.experts.uid import ExpertUid, UidPattern, parse_prefix, parse_uid, prefix_of
 from p2pmoe.faults import unexpected, watch
+from p2pmoe.seldom import Seldom
 from p2pmoe.types import Endpoint, PeerId
 
 __all__ = ["Children", "ExpertDirectory", "ExpertRecord", "Provider"]
@@ -78,6 +79,7 @@ class ExpertDirectory:
         self._cache = ChildrenCache(clock, max_age_s=cache_s, negative_s=negative_cache_s)
         self._declarations = Declarations(lambda: dht.signer.max_value_bytes)
         self._own_slots = OwnSlots(dht)
+        self._too_wide = Seldom()
         self._declaring: asyncio.Lock | None = None
         self._reads: dict[str, asyncio.Task[Children]] = {}
         self._refreshing: set[str] = set()
@@ -182,7 +184,8 @@ class ExpertDirectory:
         while level:
             visited += len(level)
             if visited > MAX_PREFIXES_PER_SEARCH:
-                log.warning("%s reaches over more than %d prefixes; the rest is left out", pattern, visited)
+                if (more := self._too_wide.note()) is not None:
+                    log.warning("%s reaches over more than %d prefixes; the rest is left out%s", pattern, visited, more)
                 break
             found = await self.get_prefixes(level)
             level = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_processes import Command, run_command
 from swarm_kit import WAIT_S, make_backend, serve_http
 
 import p2pmoe
@@ -183,3 +185,35 @@ def test_a_second_node_with_the_same_key_file_does_not_start(tmp_path: Path):
                 assert [record.uid for record in swarm.find_experts("ffn.*")] == ["ffn.0"]
         with p2pmoe.background_node(config, [make_backend("ffn.1")]) as again:
             assert again.peer_id == alice.peer_id
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+
+def test_a_node_starts_alone_with_announced_ports_and_says_both():
+    closed = f"127.0.0.1:{free_port(socket.SOCK_DGRAM)}"
+    flags = ("--announce-host", "203.0.113.7", "--announce-port", "40080", "--dht-announce-port", "41337")
+    with Command(
+        "node", "--initial-peers", closed, "--allow-alone", "--json", *flags, P2PMOE_DHT_JOIN_TIMEOUT_S="0.2"
+    ) as node:
+        described = json.loads(node.stdout.next())
+        assert described["endpoint"] == "https://203.0.113.7:40080"
+        assert described["dht_address"] == "203.0.113.7:41337"
+        assert "--initial-peers 203.0.113.7:41337" in described["join"]
+        node.interrupt()
+        assert node.wait() == 0
+    assert node.stderr.text.count("alone for now, looking for peers in the background: nobody listens at UDP port") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--announce-host", "0.0.0.0"), 3, "announce_host = '0.0.0.0' is no address of one machine"),
+        (("--initial-peers", "203.0.113.7:31337"), 6, "which is this machine alone: pass --host 0.0.0.0"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(arguments: tuple[str, ...], code: int, said: str):
+    found, out, err = run_command("node", *arguments)
+    assert (found, out) == (code, "")
+    assert said in err
+    assert err.count("\n") == 1

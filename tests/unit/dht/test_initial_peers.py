@@ -8,6 +8,7 @@ import pytest
 from dht_swarm import identity_of, until
 
 from p2pmoe.config import DHTConfig
+from p2pmoe.dht import addresses
 from p2pmoe.dht.addresses import has_ipv6, reached_at
 from p2pmoe.dht.initial_peers import InitialPeers
 from p2pmoe.dht.node import DHTNode
@@ -236,3 +237,30 @@ async def test_the_join_line_names_what_is_announced(make_node, caplog):
     alice = await make_node("alice", host="0.0.0.0", announce_host="2001:DB8::7", announce_port=4242)
     assert alice.dht_address == "[2001:db8::7]:4242"
     assert f"the port mapping has to lead to port {alice.address[1]}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("host", "outward", "reached"),
+    [
+        ("192.0.2.7", {}, "192.0.2.7"),
+        ("[::ffff:127.0.0.1]", {}, "127.0.0.1"),
+        ("0.0.0.0", {4: "192.168.1.2", 6: "2606:4700::1"}, "192.168.1.2"),
+        ("::", {4: "192.168.1.2", 6: "fd00::2"}, "192.168.1.2"),
+        ("::", {4: "192.168.1.2", 6: "2606:4700::1"}, "2606:4700::1"),
+        ("::", {6: "fd00::2"}, "fd00::2"),
+        ("0.0.0.0", {}, "127.0.0.1"),
+    ],
+)
+def test_at_which_address_a_machine_is_reached(monkeypatch, host, outward, reached):
+    monkeypatch.setattr(addresses, "_outward", outward.get)
+    assert reached_at(host) == reached
+
+
+async def test_a_machine_that_has_loopback_alone_says_so(monkeypatch, make_node, caplog):
+    monkeypatch.setattr(addresses, "_outward", lambda _: None)
+    alice = await make_node("alice", host="0.0.0.0")
+    assert alice.dht_address == f"127.0.0.1:{alice.address[1]}"
+    assert [each.getMessage() for each in caplog.records if "loopback alone" in each.getMessage()] == [
+        "the DHT listens on all interfaces, but this machine has loopback alone: nobody else reaches it until it has a "
+        "network (or announce_host says where it is reached)"
+    ]
