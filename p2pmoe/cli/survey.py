@@ -167,5 +167,5 @@ def _tensors(node: Any, depth: int = 0) -> Iterator[str]:
 def _format_tensor(datatype: Any, shape: Any) -> str:
     if not isinstance(datatype, str) or not re.fullmatch(r"[A-Z0-9]{1,8}", datatype) or not isinstance(shape, list):
         return "?"
-    sizes = [str(size) if type(size) is int else "?" for size in shape[:MAX_SHOWN_TENSORS]]
+    sizes = ["any" if size is None else str(size) if type(size) is int else "?" for size in shape[:MAX_SHOWN_TENSORS]]
     return f"{datatype}[{', '.join(sizes)}]"

@@ -67,7 +67,7 @@ def _cast(uid: str, index: int, value: Any, proto: BatchTensorProto) -> torch.Te
     if value.dtype is proto.dtype and value.shape[1:] == proto.shape and value.ndim:
         return value
     both_floating = value.is_floating_point() and proto.dtype.is_floating_point
-    if value.ndim == 0 or tuple(value.shape[1:]) != proto.shape or not (value.dtype == proto.dtype or both_floating):
+    if value.ndim == 0 or not proto.takes(value.shape[1:]) or not (value.dtype == proto.dtype or both_floating):
         got = format_tensor(tuple(value.shape), str(value.dtype).removeprefix("torch."))
         raise SchemaError(f"{uid}: argument {index} must be {proto}, got {got}")
     return value.to(proto.dtype)

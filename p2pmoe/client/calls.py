@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import eq
 
 import torch
 
@@ -23,7 +24,7 @@ from p2pmoe.protocol.messages import (
     TensorHeader,
     new_call_id,
 )
-from p2pmoe.protocol.schema import BatchTensorProto, format_tensor
+from p2pmoe.protocol.schema import FREE_GROWTH, BatchTensorProto, format_tensor, largest_free
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.doorbell import Doorbell, thread_doorbell
 from p2pmoe.rpc.home_core import HomeCore
@@ -44,6 +45,10 @@ class Call:
     result: Flat | P2PMoEError | None = None
     group: CallGroup | None = None
     position: int = 0
+    exact: tuple[tuple[int, ...], ...] | None = None
+    """Shapes of the result where they are known though the schema leaves some free."""
+    most: int = 0
+    """Of a free dimension elsewhere."""
     is_finite: bool = False
     """The result was looked at already, and holds neither NaN nor infinity."""
 
@@ -62,9 +67,15 @@ class Call:
         if len(outputs) != len(self.expected):
             return False
         for tensor, proto in zip(outputs, self.expected, strict=True):  # `all` of a generator takes twice as long
-            if tensor.datatype != proto.datatype or tensor.shape != (self.rows, *proto.shape):
+            if tensor.datatype != proto.datatype or (
+                tensor.shape != (self.rows, *proto.shape) and not self._fits_freely(tensor.shape, proto)
+            ):
                 return False
-        return True
+        return self.exact is None or all(map(eq, (each.shape for each in outputs), self.exact))
+
+    def _fits_freely(self, shape: tuple[int, ...], proto: BatchTensorProto) -> bool:
+        """Whether a shape has the schema's sizes and, where these are free, some that memory may be allocated for."""
+        return proto.is_free and shape[:1] == (self.rows,) and proto.takes(shape[1:], 0, self.most)
 
 
 def make_call(
@@ -85,6 +96,11 @@ def make_call(
     `peer_id` is whom to blame for what the endpoint answers. Without a `manner` the call is computed in eval mode.
     """
     headers, memories = describe_tensors(tensors, [proto.codec for proto in protos])
+    exact, most = None, 0
+    if any(proto.is_free for proto in expected):
+        most = FREE_GROWTH * largest_free(protos, [tensor.shape for tensor in tensors])
+        if direction == "backward":  # gradients are of the arguments, which come first
+            exact = tuple(tuple(tensor.shape) for tensor in tensors[: len(expected)])
     call_id = call_id or new_call_id()
     header = RequestHeader(
         id=call_id,
@@ -94,7 +110,24 @@ def make_call(
             direction=direction, timeout_ms=timeout_s * 1e3, mode=manner and manner.mode, seed=manner and manner.seed
         ),
     )
-    return Call(call_id, endpoint, uid, encode_frame(header, memories), expected, len(tensors[0]), peer_id)
+    frame, rows = encode_frame(header, memories), len(tensors[0])
+    return Call(call_id, endpoint, uid, frame, expected, rows, peer_id, exact=exact, most=most)
+
+
+def empty_results(
+    direction: Pass,
+    tensors: Sequence[torch.Tensor],
+    protos: Sequence[BatchTensorProto],
+    expected: tuple[BatchTensorProto, ...],
+) -> Flat:
+    """What a call of no rows gives, which is never sent."""
+    if direction == "backward":
+        return tuple(
+            torch.zeros(tensor.shape, dtype=proto.dtype, device="cpu")
+            for tensor, proto in zip(tensors, expected, strict=False)
+        )
+    free = largest_free(protos, [tensor.shape for tensor in tensors])
+    return tuple(proto.make_zeros(0, "cpu", free=free) for proto in expected)
 
 
 class CallGroup:

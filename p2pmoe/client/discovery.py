@@ -58,7 +58,7 @@ def takes_rows_of(width: int | None) -> Fits:
 
     def fits(info: ExpertInfo) -> str | None:
         inputs, outputs = info.inputs, info.outputs
-        if len(inputs) != 1 or len(inputs[0].shape) != 1:
+        if len(inputs) != 1 or len(inputs[0].shape) != 1 or inputs[0].is_free:
             return (
                 f"they take {', '.join(map(str, inputs))}, and a task needs one row of features, as kind = 'ffn' takes"
             )

@@ -132,7 +132,7 @@ class GridFinder:
             )
         if self._out_features is not None and info.outputs[0].shape[-1:] != (self._out_features,):
             return f"they give {format_schema(info.outputs)}; this mixture has out_features={self._out_features}"
-        if x is not None and (len(shape) >= x.ndim or tuple(x.shape[-len(shape) :]) != shape):
+        if x is not None and (len(shape) >= x.ndim or not info.inputs[0].takes(x.shape[-len(shape) :])):
             return f"they take {format_schema(info.inputs)}; an input of {list(x.shape)} is no batch of that"
         return None
 

@@ -33,7 +33,7 @@ from p2pmoe.experts.offers import format_grid
 from p2pmoe.experts.uid import parse_uid, prefix_of
 from p2pmoe.protocol.modes import keeps_graph, out_of_compiled_graphs, refuse_tangents, refuse_tracing, require_plain
 from p2pmoe.protocol.nested import nested_map, nested_pack
-from p2pmoe.protocol.schema import format_schema, format_tensor
+from p2pmoe.protocol.schema import format_schema, format_tensor, largest_free
 from p2pmoe.rpc.base import Flat
 from p2pmoe.types import Manner
 
@@ -231,7 +231,10 @@ class RemoteMixtureOfExperts(nn.Module):
         batch = self._prepare(info, x, args, kwargs)
         scores, manner = self._scores(batch.gating_input), manner_of(self)
         if not len(batch.gating_input):
-            empty = [proto.make_zeros(0, x.device).view(*batch.lead, *proto.shape) for proto in batch.info.outputs]
+            free = largest_free(info.inputs, [each.shape for each in batch.inputs])
+            empty = [
+                proto.make_zeros(0, x.device, free=free).view(*batch.lead, *proto.sized(free)) for proto in info.outputs
+            ]
             zeros = give_back(empty, batch.dtype)
             return self._nothing(batch.inputs[0], scores, zeros, batch.info.outputs_schema)
         for attempt in range(_ATTEMPTS):

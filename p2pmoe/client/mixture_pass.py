@@ -6,6 +6,7 @@ row, P (row, expert) pairs, O output features.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,10 +22,16 @@ from p2pmoe.client.manner import for_expert
 from p2pmoe.client.replies import check_finite
 from p2pmoe.client.routing import Routing
 from p2pmoe.client.swarm import Swarm
-from p2pmoe.errors import ExpertNotFoundError, ExpertsUnavailableError, NonFiniteReplyError, P2PMoEError
+from p2pmoe.errors import (
+    ExpertFailedError,
+    ExpertNotFoundError,
+    ExpertsUnavailableError,
+    NonFiniteReplyError,
+    P2PMoEError,
+)
 from p2pmoe.experts.directory import Provider
 from p2pmoe.protocol.modes import keeps_graph
-from p2pmoe.protocol.schema import BatchTensorProto
+from p2pmoe.protocol.schema import BatchTensorProto, largest_free
 from p2pmoe.rpc.base import Flat
 from p2pmoe.types import Manner, Pass, PeerId
 
@@ -112,6 +119,8 @@ class MixturePasses:
             if silent or (isinstance(checked, NonFiniteReplyError) and provider.peer_id not in lied):
                 self._swarm.note_failure(provider, checked)
                 lied.add(provider.peer_id)
+        if any(proto.is_free for proto in way.info.outputs) and group.calls and group.calls[0].exact is None:
+            _leave_out_other_sizes(way, results)
         return results
 
     def offer(self, way: Route, sent: list[int], inputs: Flat, results: list[Flat | P2PMoEError]) -> None:
@@ -159,7 +168,11 @@ class MixturePasses:
     def attach(self, way: Route, results: list[Flat | P2PMoEError], inputs: Flat) -> Flat:
         """Outputs [P, O] of every pair, zeros where nobody answered, in the autograd graph of the inputs."""
         device = inputs[0].device
-        outputs = _join(results, way.routing.bounds, way.info.outputs, device)
+        protos = way.info.outputs
+        free = largest_free(way.info.inputs, [each.shape for each in inputs])
+        came = next((each for each in results if not isinstance(each, P2PMoEError)), None)
+        sizes = [proto.sized(free) for proto in protos] if came is None else [each.shape[1:] for each in came]
+        outputs = _join(results, way.routing.bounds, protos, sizes, device)
         if not keeps_graph():
             return outputs
         answered = [index for index, result in enumerate(results) if not isinstance(result, P2PMoEError)]
@@ -187,7 +200,8 @@ class MixturePasses:
         short: list[int] = np.flatnonzero(_count_rows(way, trained) < needed).tolist()
         if short:
             raise self.unavailable("backward", short, [results[index] for index in answered], gradients)
-        return _join(results, way.routing.bounds, info.inputs, inputs[0].device)
+        sizes = [each.shape[1:] for each in inputs]
+        return _join(results, way.routing.bounds, info.inputs, sizes, inputs[0].device)
 
     # -- private
 
@@ -283,18 +297,42 @@ def _count_rows(way: Route, experts: Sequence[int]) -> Counts:
     return counts
 
 
+def _leave_out_other_sizes(way: Route, results: list[Flat | P2PMoEError]) -> None:
+    """Answers of another length than most have cannot be mixed with these; they count as failed."""
+    came = {
+        index: tuple(each.shape[1:] for each in result)
+        for index, result in enumerate(results)
+        if not isinstance(result, P2PMoEError)
+    }
+    if len(set(came.values())) < 2:
+        return
+    usual = Counter(came.values()).most_common(1)[0][0]
+    for index, sizes in came.items():
+        if sizes != usual:
+            shown = ", ".join(str(list(size)) for size in sizes)
+            results[index] = ExpertFailedError(
+                f"{way.uids[index]} gave rows of {shown}, other experts of "
+                f"{', '.join(str(list(size)) for size in usual)}; they cannot be mixed"
+            )
+
+
 def _join(
     results: Sequence[Flat | P2PMoEError],
     bounds: Sequence[tuple[int, int]],
     protos: tuple[BatchTensorProto, ...],
+    sizes: Sequence[Sequence[int]],
     device: torch.device,
 ) -> Flat:
-    """One tensor [P, …] for each proto; zeros for experts that did not answer."""
+    """One tensor [P, *sizes] for each proto; zeros for experts that did not answer."""
     joined = []
-    for position, proto in enumerate(protos):
+    for position, (proto, size) in enumerate(zip(protos, sizes, strict=True)):
         parts = [
-            proto.make_zeros(end - start, "cpu") if isinstance(result, P2PMoEError) else result[position]
+            torch.zeros(end - start, *size, dtype=proto.dtype, device="cpu")
+            if isinstance(result, P2PMoEError)
+            else result[position]
             for (start, end), result in zip(bounds, results, strict=True)
         ]
-        joined.append((torch.cat(parts) if parts else proto.make_zeros(0, "cpu")).to(device))
+        joined.append(
+            (torch.cat(parts) if parts else torch.zeros(0, *size, dtype=proto.dtype, device="cpu")).to(device)
+        )
     return tuple(joined)

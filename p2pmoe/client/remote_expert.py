@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from p2pmoe.client.arguments import check_arguments, give_back
-from p2pmoe.client.calls import CallGroup, make_call
+from p2pmoe.client.calls import CallGroup, empty_results, make_call
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.graph import always_differentiable, input_gradients, keep_for_backward
 from p2pmoe.client.manner import manner_of
@@ -225,7 +225,7 @@ class RemoteExpert(nn.Module):
 
     def _call(self, request: _Request, timeout_s: float) -> Flat:
         if not len(request.tensors[0]):
-            return tuple(proto.make_zeros(0, "cpu") for proto in request.expected)
+            return empty_results(request.direction, request.tensors, request.protos, request.expected)
         provider = self._cached_provider()
         if provider is None:
             return self.swarm.run(self._call_providers(request, timeout_s), timeout_s + 1)
@@ -248,7 +248,7 @@ class RemoteExpert(nn.Module):
 
     async def _call_async(self, request: _Request, timeout_s: float) -> Flat:
         if not len(request.tensors[0]):
-            return tuple(proto.make_zeros(0, "cpu") for proto in request.expected)
+            return empty_results(request.direction, request.tensors, request.protos, request.expected)
         return await self.swarm.run_async(self._call_providers(request, timeout_s), timeout_s + 1)
 
     async def _call_providers(self, request: _Request, timeout_s: float, failed: _Failed | None = None) -> Flat:

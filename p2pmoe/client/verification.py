@@ -292,6 +292,8 @@ def take_rows(tensors: Flat, rows: Sequence[int]) -> Flat:
 
 def same_answer(first: torch.Tensor, second: torch.Tensor, *, rtol: float, atol: float) -> bool:
     """Whether two [B, …] answers are the same but for rounding; see `VerifyOptions`. NaN equals nothing."""
+    if first.shape != second.shape:
+        return False
     if not first.is_floating_point():
         return torch.equal(first, second)
     if not first.numel():

@@ -6,8 +6,9 @@ Datatype names are those of the Open Inference Protocol (KServe v2), "Tensor Dat
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -34,6 +35,9 @@ DATATYPE_TO_DTYPE = {name: dtype for dtype, name in DTYPE_TO_DATATYPE.items()}
 WIRE_CODECS: dict[str, torch.dtype | None] = {"raw": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Codec name -> the dtype that travels instead; `None` is the tensor's own. Only floating tensors may be cast."""
 
+FREE_GROWTH: Final = 16
+"""A free dimension of an output is at most so many times the largest one of the call's arguments."""
+Shape = tuple[int | None, ...]
 _MAX_SCHEMA_DEPTH = 32
 
 
@@ -41,17 +45,19 @@ _MAX_SCHEMA_DEPTH = 32
 class BatchTensorProto:
     """One tensor of an expert's schema: its shape without the batch dimension, its dtype and its wire codec.
 
-    `codec` is "raw", "fp16" or "bf16": what travels instead of the tensor's own bytes.
+    A dimension that is None is free: each call has its own size there, at least 1 where the tensor is an argument, the
+    same for all rows (`BatchTensorProto(None, 64)`: sequences of any length). Calls of other sizes do not share a
+    batch. `codec` is "raw", "fp16" or "bf16": what travels instead of the tensor's own bytes.
     """
 
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: torch.dtype
     requires_grad: bool
     codec: str
 
     def __init__(
         self,
-        *shape: int,
+        *shape: int | None,
         dtype: torch.dtype = torch.float32,
         requires_grad: bool = False,
         codec: str | None = None,
@@ -60,9 +66,10 @@ class BatchTensorProto:
             raise SchemaError(
                 f"dtype {dtype} has no wire datatype; use one of {', '.join(map(str, DTYPE_TO_DATATYPE))}"
             )
-        if any(not isinstance(size, int) or size < 0 for size in shape):
+        if any(size is not None and (not isinstance(size, int) or size < 0) for size in shape):
             raise SchemaError(
-                f"shape {shape} must be sizes ≥ 0 without the batch dimension, e.g. BatchTensorProto(512)"
+                f"shape {shape} must be sizes ≥ 0, or None for a free one, without the batch dimension, e.g. "
+                "BatchTensorProto(512)"
             )
         codec = codec or "raw"
         if codec not in WIRE_CODECS:
@@ -85,25 +92,62 @@ class BatchTensorProto:
     def datatype(self) -> str:
         return DTYPE_TO_DATATYPE[self.dtype]
 
-    def make_empty(self, batch_size: int, device: torch.device | str | None = None) -> torch.Tensor:
-        """Uninitialised [batch_size, *shape]."""
-        return torch.empty(batch_size, *self.shape, dtype=self.dtype, device=device)
+    @property
+    def is_free(self) -> bool:
+        """Whether a dimension has another size in each call."""
+        return None in self.shape
 
-    def make_zeros(self, batch_size: int, device: torch.device | str | None = None) -> torch.Tensor:
-        """Zeros of [batch_size, *shape]."""
-        return torch.zeros(batch_size, *self.shape, dtype=self.dtype, device=device)
+    def sized(self, free: int) -> tuple[int, ...]:
+        """The shape with this size for free dimensions."""
+        return tuple(free if size is None else size for size in self.shape)
+
+    def takes(self, shape: Sequence[int], least: int = 1, most: int | None = None) -> bool:
+        """Whether a shape without the batch is one of these, free sizes within these bounds."""
+        if len(shape) != len(self.shape):
+            return False
+        return all(
+            size == wanted if wanted is not None else least <= size and (most is None or size <= most)
+            for size, wanted in zip(shape, self.shape, strict=True)
+        )
+
+    def make_empty(self, batch_size: int, device: torch.device | str | None = None, *, free: int = 1) -> torch.Tensor:
+        """Uninitialised [batch_size, *shape], free dimensions of size `free`."""
+        return torch.empty(batch_size, *self.sized(free), dtype=self.dtype, device=device)
+
+    def make_zeros(self, batch_size: int, device: torch.device | str | None = None, *, free: int = 1) -> torch.Tensor:
+        """Zeros of [batch_size, *shape], free dimensions of size `free`."""
+        return torch.zeros(batch_size, *self.sized(free), dtype=self.dtype, device=device)
 
     def fits(self, tensor: torch.Tensor) -> bool:
         """Whether a [batch, …] tensor is one of these, whatever its number of rows."""
-        return tensor.shape[1:] == self.shape and tensor.dtype is self.dtype and tensor.layout is torch.strided
+        shape = tensor.shape[1:]
+        is_shape = shape == self.shape or (self.is_free and self.takes(shape, least=0))
+        return is_shape and tensor.dtype is self.dtype and tensor.layout is torch.strided
 
     def __str__(self) -> str:
         return format_tensor((-1, *self.shape), self.datatype)
 
 
-def format_tensor(shape: tuple[int, ...] | list[int], datatype: str) -> str:
-    """`FP32[batch, 512]`: how messages show a tensor. -1 in front stands for the batch."""
-    sizes = ["batch" if index == 0 and size == -1 else str(size) for index, size in enumerate(shape)]
+def largest_free(protos: Sequence[BatchTensorProto], shapes: Iterable[Sequence[int]]) -> int:
+    """The largest size of a free dimension in shapes that have the batch in front; 0 where none is free."""
+    return max(
+        (
+            size
+            for proto, shape in zip(protos, shapes, strict=False)
+            if proto.is_free
+            for size, wanted in zip(shape[1:], proto.shape, strict=False)
+            if wanted is None
+        ),
+        default=0,
+    )
+
+
+def format_tensor(shape: Sequence[int | None], datatype: str) -> str:
+    """`FP32[batch, any, 512]`: how messages show a tensor. -1 in front stands for the batch, None for any size."""
+    sizes = [
+        "batch" if index == 0 and size == -1 else "any" if size is None else str(size)
+        for index, size in enumerate(shape)
+    ]
     return f"{datatype}[{', '.join(sizes)}]"
 
 
@@ -158,9 +202,9 @@ def _tensor_from_json(value: dict[str, Any]) -> BatchTensorProto:
     if (
         not isinstance(shape, list)
         or len(shape) > 64
-        or not all(type(size) is int and 0 <= size < 2**48 for size in shape)
+        or not all(size is None or (type(size) is int and 0 <= size < 2**48) for size in shape)
     ):
-        raise DecodeError("a tensor of a schema needs a shape of sizes ≥ 0")
+        raise DecodeError("a tensor of a schema needs a shape of sizes ≥ 0, null for a free one")
     dtype = DATATYPE_TO_DTYPE.get(datatype) if isinstance(datatype, str) else None
     if dtype is None:
         raise DecodeError(f"datatype {datatype!r} is not one of the Open Inference Protocol's")

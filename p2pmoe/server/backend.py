@@ -14,10 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from p2pmoe.errors import NonFiniteResultError, SchemaError
+from p2pmoe.errors import BadRequestError, NonFiniteResultError, SchemaError
 from p2pmoe.protocol.modes import usable_anywhere
 from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_packer
-from p2pmoe.protocol.schema import BatchTensorProto, format_schema, schema_digest
+from p2pmoe.protocol.schema import (
+    FREE_GROWTH,
+    BatchTensorProto,
+    Shape,
+    format_schema,
+    format_tensor,
+    largest_free,
+    schema_digest,
+)
 from p2pmoe.server.buffers import KeptBuffers
 from p2pmoe.server.module_state import evaluating, seeded
 from p2pmoe.server.optimizers import NoOptimizer, check_optimizer
@@ -85,6 +93,7 @@ class ExpertBackend(nn.Module):
         self.outputs_schema = outputs_schema = self.findings.outputs_schema
         protos = nested_flatten(outputs_schema)
         self._output_shapes = tuple(proto.shape for proto in protos)
+        self._output_protos, self._input_protos = protos, nested_flatten(self.forward_schema)
         self._sent_dtypes = tuple(proto.dtype for proto in protos)
         self._casts_outputs = self._sent_dtypes != self.findings.dtypes
         self._plain_output = isinstance(outputs_schema, BatchTensorProto)
@@ -110,7 +119,9 @@ class ExpertBackend(nn.Module):
         Where it is set, a forward pass in which the buffers overflow is stopped too."""
         self.forward_pool = TaskPool(self.forward, uid=f"{name}/forward", **pool_options)
         self.backward_pool = TaskPool(self.backward, uid=f"{name}/backward", **pool_options)
-        self.forward_pool.results, self.backward_pool.results = protos, nested_flatten(self.forward_schema)
+        self.forward_pool.results, self.backward_pool.results = protos, self._input_protos
+        for pool in self.get_pools():
+            pool.splits_by_shape = any(proto.is_free for proto in self._input_protos)
 
     def __repr__(self) -> str:
         schemas = f"{format_schema(self.forward_schema)} -> {format_schema(self.outputs_schema)}"
@@ -138,7 +149,7 @@ class ExpertBackend(nn.Module):
         with self._computing, torch.inference_mode(False), torch.no_grad(), self._conduct():
             self.kept.keep()
             try:
-                outputs = self._as_outputs(self.expert(*args, **kwargs), len(inputs[0]))
+                outputs = self._as_outputs(self.expert(*args, **kwargs), inputs)
                 if self.before_step is not None and not self.kept.changes_are_finite():
                     raise NonFiniteResultError("the expert's buffers overflowed")
                 return tuple(map(torch.clone, outputs)) if self.findings.shares_state else outputs
@@ -254,6 +265,12 @@ class ExpertBackend(nn.Module):
     def _back_propagate(self, outputs: Any, grad_outputs: Any) -> None:
         flat, gradients = nested_flatten(outputs), nested_flatten(grad_outputs)
         self._check_outputs(outputs, flat, len(gradients[0]))
+        for index, (output, gradient) in enumerate(zip(flat, gradients, strict=True)):
+            if output.shape != gradient.shape:  # only a free dimension can differ
+                raise BadRequestError(
+                    f"{self.name}: the gradient of output {index} is {list(gradient.shape)}, and the output of these "
+                    f"arguments {list(output.shape)}"
+                )
         pairs = [
             (output, gradient.to(device=output.device, dtype=output.dtype, non_blocking=True))
             for output, gradient in zip(flat, gradients, strict=True)
@@ -262,17 +279,27 @@ class ExpertBackend(nn.Module):
         if pairs:
             torch.autograd.backward([pair[0] for pair in pairs], grad_tensors=[pair[1] for pair in pairs])
 
-    def _as_outputs(self, outputs: Any, rows: int) -> Flat:
+    def _as_outputs(self, outputs: Any, inputs: Flat) -> Flat:
         """Flat, as the schema says. Raises SchemaError."""
+        rows = len(inputs[0])
         flat = (outputs,) if isinstance(outputs, torch.Tensor) else nested_flatten(outputs)
         self._check_outputs(outputs, flat, rows)
+        self._check_growth(flat, inputs)
         return tuple(map(torch.Tensor.to, flat, self._sent_dtypes)) if self._casts_outputs else flat
+
+    def _check_growth(self, outputs: Flat, inputs: Flat) -> None:
+        """That nobody gets more than callers make room for. Raises SchemaError."""
+        if not any(proto.is_free for proto in self._output_protos):
+            return
+        most = FREE_GROWTH * largest_free(self._input_protos, [each.shape for each in inputs])
+        if largest_free(self._output_protos, [each.shape for each in outputs]) > most:
+            raise SchemaError(f"{self.name}: an output is over {FREE_GROWTH} times longer than the arguments")
 
     def _check_outputs(self, outputs: Any, flat: tuple[Any, ...], rows: int) -> None:
         for output, shape, dtype in zip(flat, self._output_shapes, self.findings.dtypes, strict=False):
             if (
                 not isinstance(output, torch.Tensor)
-                or output.shape != (rows, *shape)
+                or (output.shape != (rows, *shape) and not self._is_of(output, rows, shape))
                 or output.dtype is not dtype
                 or output.layout is not torch.strided
             ):
@@ -282,6 +309,13 @@ class ExpertBackend(nn.Module):
         ):
             raise SchemaError(f"{self.name}: the outputs do not have the structure of outputs_schema")
 
+    @staticmethod
+    def _is_of(output: torch.Tensor, rows: int, shape: Shape) -> bool:
+        """Whether an output has a shape with free dimensions."""
+        return None in shape and len(output.shape) == len(shape) + 1 and len(output) == rows and all(
+            wanted is None or size == wanted for size, wanted in zip(output.shape[1:], shape, strict=True)
+        )  # fmt: skip
+
     def _misfit(self, flat: tuple[Any, ...], rows: int) -> str:
         gave = ", ".join(
             f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)}"
@@ -290,7 +324,7 @@ class ExpertBackend(nn.Module):
             for each in flat
         )
         wanted = ", ".join(
-            f"{str(dtype).removeprefix('torch.')}{[rows, *shape]}"
+            format_tensor((rows, *shape), str(dtype).removeprefix("torch."))
             for shape, dtype in zip(self._output_shapes, self.findings.dtypes, strict=True)
         )
         return f"{self.name}: the expert gave ({gave}) where its schema says ({wanted})"

@@ -19,7 +19,7 @@ from p2pmoe.metrics import UNKNOWN, NodeMetrics
 from p2pmoe.protocol.frames import Frame
 from p2pmoe.protocol.messages import RequestHeader, TensorHeader
 from p2pmoe.protocol.nested import nested_flatten
-from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tensor
+from p2pmoe.protocol.schema import FREE_GROWTH, BatchTensorProto, format_schema, format_tensor, largest_free
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.expert_pages import MAX_PAGE_EXPERTS
 from p2pmoe.rpc.prompt import when_done
@@ -29,7 +29,7 @@ from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.replay import ReplayWindow
 from p2pmoe.server.runtime import Runtime
 from p2pmoe.server.task_pool import Batch, TaskPool
-from p2pmoe.server.trial import Findings
+from p2pmoe.server.trial import FREE_SIZE, Findings
 from p2pmoe.types import LOCAL_CALLER, SEED_BITS, Caller, Manner, Mode
 
 _READY_TIMEOUT_S = 5.0
@@ -46,8 +46,30 @@ class _Pass:
     protos: tuple[BatchTensorProto, ...]
     expected: tuple[tuple[str, tuple[int, ...]], ...]
     result_codecs: tuple[str, ...]
-    row_bytes: int
+    row_bytes: int | None
+    """None where it differs from call to call."""
+    inputs: int
     findings: Findings
+
+    def nbytes(self, header: RequestHeader) -> int:
+        """Of a call's tensors."""
+        if self.row_bytes is not None:
+            return header.inputs[0].shape[0] * self.row_bytes
+        return sum(
+            proto.dtype.itemsize * math.prod(tensor.shape)
+            for proto, tensor in zip(self.protos, header.inputs, strict=True)
+        )
+
+    def takes_shapes(self, tensors: tuple[TensorHeader, ...]) -> bool:
+        """Whether tensors fit a schema with free dimensions; gradients may be as long as outputs may be."""
+        if self.row_bytes is not None or len(tensors) != len(self.protos):
+            return False
+        most = FREE_GROWTH * largest_free(self.protos[: self.inputs], [each.shape for each in tensors[: self.inputs]])
+        return all(
+            tensor.datatype == proto.datatype
+            and (proto.takes(tensor.shape[1:]) if index < self.inputs else proto.takes(tensor.shape[1:], 0, most))
+            for index, (tensor, proto) in enumerate(zip(tensors, self.protos, strict=True))
+        )
 
 
 class ExpertHandlers:
@@ -99,7 +121,7 @@ class ExpertHandlers:
             plan = self._plan(header)
             _check_schema(plan, header)
             _manner_of(plan, header)
-            nbytes = header.inputs[0].shape[0] * plan.row_bytes
+            nbytes = plan.nbytes(header)
             self._quota.charge(account, nbytes, updates=header.parameters.direction == "backward")
         except CallError as error:
             self._metrics.stats(*self._labels(header)).outcomes[str(error.code)] += 1
@@ -208,7 +230,7 @@ class ExpertHandlers:
         if not self.backends:
             return True
         backend = next(iter(self.backends.values()))
-        rows = tuple(proto.make_zeros(1, "cpu") for proto in nested_flatten(backend.forward_schema))
+        rows = tuple(proto.make_zeros(1, "cpu", free=FREE_SIZE) for proto in nested_flatten(backend.forward_schema))
         try:
             async with asyncio.timeout(_READY_TIMEOUT_S):
                 task = backend.forward_pool.submit(rows, manner=Manner("eval", seed=0), alone=True, is_probe=True)
@@ -223,13 +245,15 @@ def _plan_passes(backend: ExpertBackend) -> dict[str, _Pass]:
     inputs, outputs = nested_flatten(backend.forward_schema), nested_flatten(backend.outputs_schema)
     forward, backward = backend.get_pools()
     return {
-        "forward": _make_pass(forward, backend.forward_schema, inputs, outputs, backend.findings),
-        "backward": _make_pass(backward, backend.backward_schema, inputs + outputs, inputs, backend.findings),
+        "forward": _make_pass(forward, backend.forward_schema, inputs, outputs, len(inputs), backend.findings),
+        "backward": _make_pass(
+            backward, backend.backward_schema, inputs + outputs, inputs, len(inputs), backend.findings
+        ),
     }
 
 
 def _make_pass(
-    pool: TaskPool, schema: Any, protos: tuple[Any, ...], results: tuple[Any, ...], findings: Findings
+    pool: TaskPool, schema: Any, protos: tuple[Any, ...], results: tuple[Any, ...], inputs: int, findings: Findings
 ) -> _Pass:
     return _Pass(
         pool=pool,
@@ -237,7 +261,12 @@ def _make_pass(
         protos=protos,
         expected=tuple((proto.datatype, proto.shape) for proto in protos),
         result_codecs=tuple(proto.codec for proto in results),
-        row_bytes=sum(proto.dtype.itemsize * math.prod(proto.shape) for proto in protos),
+        row_bytes=(
+            None
+            if any(proto.is_free for proto in protos)
+            else sum(proto.dtype.itemsize * math.prod(proto.shape) for proto in protos)
+        ),
+        inputs=inputs,
         findings=findings,
     )
 
@@ -271,7 +300,8 @@ def _check_schema(plan: _Pass, header: RequestHeader) -> None:
     tensors = header.inputs
     received = tuple((tensor.datatype, tensor.shape[1:]) for tensor in tensors)
     rows = {tensor.shape[0] if tensor.shape else 0 for tensor in tensors}
-    if received == plan.expected and len(rows) == 1 and 0 not in rows and _names_in_order(tensors):
+    fits = received == plan.expected or plan.takes_shapes(tensors)
+    if fits and len(rows) == 1 and 0 not in rows and _names_in_order(tensors):
         return
     got = ", ".join(format_tensor(tensor.shape, tensor.datatype[:16]) for tensor in tensors[:16])
     raise BadRequestError(

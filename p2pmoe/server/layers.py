@@ -130,11 +130,11 @@ class FeedforwardExpert(nn.Module):
 
 @register_expert_class("transformer", lambda _, hidden_dim: BatchTensorProto(64, hidden_dim))
 class TransformerExpert(nn.Module):
-    """[B, seq_len, hidden] -> the same: one pre-norm transformer encoder layer without dropout."""
+    """[B, seq_len, hidden] -> the same: one pre-norm transformer encoder layer without dropout. 0 takes any length."""
 
     def __init__(self, hidden_dim: int, *, seq_len: int = 64, num_heads: int = 8, inner_dim: int | None = None) -> None:
         super().__init__()
-        self.args_schema = (BatchTensorProto(seq_len, hidden_dim),)
+        self.args_schema = (BatchTensorProto(seq_len or None, hidden_dim),)
         self.layer = nn.TransformerEncoderLayer(
             hidden_dim,
             num_heads,

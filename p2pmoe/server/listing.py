@@ -131,6 +131,6 @@ def _describe(uid: str, backend: ExpertBackend) -> _Schema:
 
 def _oip_tensors(protos: tuple[Any, ...]) -> list[dict[str, Any]]:
     return [
-        {"name": str(index), "datatype": proto.datatype, "shape": [-1, *proto.shape]}
+        {"name": str(index), "datatype": proto.datatype, "shape": [-1, *proto.sized(-1)]}
         for index, proto in enumerate(protos)
     ]

@@ -17,6 +17,7 @@ import torch
 
 from p2pmoe import forks
 from p2pmoe.errors import (
+    BadRequestError,
     CallError,
     DrainingError,
     ExpertFailedError,
@@ -236,6 +237,10 @@ class Runtime:
     def _fail(self, device: Device, batch: Batch, error: BaseException) -> None:
         self._running -= len(batch.tasks)
         if batch.pool.gate is not None and self._recover(device, batch, batch.pool.gate, error):
+            return
+        if isinstance(error, BadRequestError):  # only computing showed that the calls do not fit
+            self._observe(batch, 0.0, False)
+            self._deliver_error(batch.tasks, error)
             return
         logger.warning(
             "%s: a batch of %d calls failed: %s: %s", batch.pool.uid, len(batch.tasks), type(error).__name__, error

@@ -157,6 +157,8 @@ class TaskPool:
         self.gate: BatchGate | None = None
         self.results: tuple[BatchTensorProto, ...] | None = None
         """What the function must give, where that is known."""
+        self.splits_by_shape = False
+        """Calls may differ in the sizes of a row; then only those of equal ones share a batch."""
         self._clock = clock
         self._queue: FairQueue[Task] = FairQueue(_key_of)
         self._lock = threading.Lock()
@@ -206,7 +208,9 @@ class TaskPool:
         if any(tensor.shape[0] != rows for tensor in tensors):
             raise BadRequestError(f"the tensors of a call differ in rows: {[len(tensor) for tensor in tensors]}")
         future: PromptFuture[Flat] = PromptFuture(loop=asyncio.get_running_loop())
-        key = None if alone or manner.seed is not None else manner
+        key: Hashable = None if alone or manner.seed is not None else manner
+        if key is not None and self.splits_by_shape:
+            key = (manner, *(tensor.shape[1:] for tensor in tensors))
         task = Task(tensors, rows, future, self._clock(), deadline, caller, manner, key, is_probe)
         with self._lock:
             if len(self._queue) >= self.max_queue_size:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -24,7 +24,7 @@ from torch import nn
 
 from p2pmoe.errors import SchemaError
 from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_packer
-from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tensor
+from p2pmoe.protocol.schema import FREE_GROWTH, BatchTensorProto, format_schema, format_tensor
 from p2pmoe.server.buffers import KeptBuffers
 from p2pmoe.server.module_state import evaluating, generator_states, seeded, untouched, write_back
 from p2pmoe.types import MODES, Mode
@@ -33,6 +33,10 @@ DUMMY_BATCH_SIZE: Final = 3
 """Rows of the dummy run that finds `outputs_schema`."""
 OTHER_BATCH_SIZE: Final = 5
 """Rows of the one that it is compared with."""
+FREE_SIZE: Final = 4
+"""Size of free dimensions in these runs."""
+OTHER_FREE_SIZE: Final = 7
+"""Their size in one more run, where there are any."""
 _SEED: Final = 0x5EED
 _MIXING: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPPING: Final = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -126,6 +130,7 @@ class _Trial:
         self._name, self._expert, self._schema, self._device = name, expert, schema, device
         self._pack = nested_packer(schema)
         self._modules = list(expert.modules())
+        self._is_free = any(proto.is_free for proto in nested_flatten(schema))
         self._values: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._rewritten: list[nn.Parameter] = []
 
@@ -139,7 +144,8 @@ class _Trial:
             self._compare(runs["train"][0], runs["eval"][0], "in train mode", "in eval mode")
         first = next(iter(runs.values()))[0]
         every = [run for pair in runs.values() for run in pair]
-        found = nested_map(BatchTensorProto.from_tensor, nested_map(torch.Tensor.detach, first.outputs))
+        longer = next(iter(runs.values()))[2]
+        found = nested_map(_as_proto, first.outputs, longer.outputs)
         draws = frozenset(mode for mode, pair in runs.items() if any(run.drew for run in pair) or self._drops(mode))
         mixes = frozenset(mode for mode in runs if self._mixes(mode, runs[mode], draws))
         return Findings(
@@ -155,7 +161,7 @@ class _Trial:
     def _modes(self) -> tuple[Mode, ...]:
         return ("train", "eval") if any(module.training for module in self._modules) else ("train",)
 
-    def _run_mode(self, mode: Mode) -> tuple[_Run, _Run]:
+    def _run_mode(self, mode: Mode) -> tuple[_Run, _Run, _Run]:
         with evaluating(self._modules) if mode == "eval" else contextlib.nullcontext():
             first = self._run(DUMMY_BATCH_SIZE)
             self._check_rows(first, DUMMY_BATCH_SIZE)
@@ -174,10 +180,28 @@ class _Trial:
                 "backward pass could not compute its forward pass again; keep the state in buffers, or pass it in, and "
                 "draw with torch"
             )
-        return first, other
+        return first, other, self._run_longer(mode, first) if self._is_free else first
 
-    def _run(self, rows: int) -> _Run:
-        inputs = tuple(_sample(proto, self._device)[:rows] for proto in nested_flatten(self._schema))
+    def _run_longer(self, mode: Mode, first: _Run) -> _Run:
+        """With another size of the free dimensions."""
+        with evaluating(self._modules) if mode == "eval" else contextlib.nullcontext():
+            longer = self._run(DUMMY_BATCH_SIZE, OTHER_FREE_SIZE)
+        self._check_rows(longer, DUMMY_BATCH_SIZE)
+        self._compare(
+            first, longer, f"of length {FREE_SIZE}", f"of length {OTHER_FREE_SIZE}", lambda a, b: a.ndim == b.ndim
+        )
+        for run, free in ((first, FREE_SIZE), (longer, OTHER_FREE_SIZE)):
+            for a, b, output in zip(first.flat, longer.flat, run.flat, strict=True):
+                sizes = [size for size, x, y in zip(output.shape, a.shape, b.shape, strict=True) if x != y]
+                if max(sizes, default=0) > FREE_GROWTH * free:
+                    raise SchemaError(
+                        f"{self._name}: an output is over {FREE_GROWTH} times longer than the arguments; "
+                        f"{_shown(output)} came of a length of {free}"
+                    )
+        return longer
+
+    def _run(self, rows: int, free: int = FREE_SIZE) -> _Run:
+        inputs = tuple(_sample(proto, self._device, free)[:rows] for proto in nested_flatten(self._schema))
         versions = [tensor._version for tensor in inputs]  # noqa: SLF001
         args, kwargs = self._pack(inputs)
         buffers = KeptBuffers(self._expert)
@@ -229,10 +253,17 @@ class _Trial:
                     f"a run of {rows} rows gave {_shown(output)}"
                 )
 
-    def _compare(self, first: _Run, other: _Run, this: str, that: str) -> None:
+    def _compare(
+        self,
+        first: _Run,
+        other: _Run,
+        this: str,
+        that: str,
+        alike: Callable[[torch.Tensor, torch.Tensor], bool] = lambda a, b: a.shape[1:] == b.shape[1:],
+    ) -> None:
         """That another batch size or mode changes nothing but the number of rows."""
         same = nested_compare(first.outputs, other.outputs) and all(
-            a.shape[1:] == b.shape[1:] and a.dtype is b.dtype for a, b in zip(first.flat, other.flat, strict=True)
+            alike(a, b) and a.dtype is b.dtype for a, b in zip(first.flat, other.flat, strict=True)
         )
         if not same:
             raise SchemaError(
@@ -243,7 +274,9 @@ class _Trial:
     def _checked(self, given: Any, found: Any) -> Any:
         """The owner's schema of the outputs; floating outputs may be stated, and sent, in another floating dtype."""
         same = nested_compare(given, found) and all(
-            a.shape == b.shape and (a.dtype is b.dtype or (a.dtype.is_floating_point and b.dtype.is_floating_point))
+            len(a.shape) == len(b.shape)
+            and all(size is None or size == other for size, other in zip(a.shape, b.shape, strict=True))
+            and (a.dtype is b.dtype or (a.dtype.is_floating_point and b.dtype.is_floating_point))
             for a, b in zip(nested_flatten(given), nested_flatten(found), strict=True)
         )
         if not same:
@@ -258,29 +291,35 @@ class _Trial:
             isinstance(module, _DROPPING) and module.training and module.p > 0 for module in self._modules
         )
 
-    def _mixes(self, mode: Mode, runs: tuple[_Run, _Run], draws: frozenset[Mode]) -> bool:
+    def _mixes(self, mode: Mode, runs: tuple[_Run, _Run, _Run], draws: frozenset[Mode]) -> bool:
         if any(
             isinstance(module, _MIXING)
             and ((mode == "train" and module.training) or not module.track_running_stats)
             for module in self._modules
         ):  # fmt: skip
             return True
-        first, other = runs
+        first, other, _ = runs
         return mode not in draws and not all(
             _same(a, b[:DUMMY_BATCH_SIZE]) for a, b in zip(first.flat, other.flat, strict=True)
         )
 
 
-def _also_eval(found: frozenset[Mode], runs: dict[Mode, Any]) -> frozenset[Mode]:
+def _also_eval(found: frozenset[Mode], runs: Mapping[Mode, Any]) -> frozenset[Mode]:
     """An expert whose owner has put all of it in `eval()` was run once for both."""
     return frozenset(MODES) if found and len(runs) == 1 else found
 
 
-def _sample(proto: BatchTensorProto, device: torch.device) -> torch.Tensor:
+def _as_proto(output: torch.Tensor, longer: torch.Tensor) -> BatchTensorProto:
+    """What differs in length between the two is free."""
+    sizes = (a if a == b else None for a, b in zip(output.shape[1:], longer.shape[1:], strict=True))
+    return BatchTensorProto(*sizes, dtype=output.dtype)
+
+
+def _sample(proto: BatchTensorProto, device: torch.device, free: int = FREE_SIZE) -> torch.Tensor:
     """Rows that differ and harm nobody: floats between 0.25 and 0.75, which are probabilities too and index 0; zeros of
     everything else.
     """
-    tensor = proto.make_zeros(OTHER_BATCH_SIZE, device)
+    tensor = proto.make_zeros(OTHER_BATCH_SIZE, device, free=free)
     if tensor.is_floating_point() and tensor.numel():
         ramp = torch.arange(tensor.numel(), dtype=torch.float32, device=device).mul_(0.6180339887).frac_()
         tensor.copy_(ramp.mul_(0.5).add_(0.25).view(tensor.shape))

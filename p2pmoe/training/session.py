@@ -86,7 +86,7 @@ def run_session(
         RemoteError: too many steps in a row failed.
     """
     info = find_experts_to_train(swarm, options)
-    hidden_dim = info.inputs[0].shape[0]
+    (hidden_dim,) = info.inputs[0].sized(1)  # none is free
     torch.manual_seed(options.seed)
     mixture = RemoteMixtureOfExperts(
         swarm,

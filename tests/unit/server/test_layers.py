@@ -45,6 +45,11 @@ def test_the_built_in_kinds() -> None:
     assert make_expert("ffn", 8, {"inner_dim": 3})[0].up.out_features == 3
 
 
+def test_a_transformer_takes_one_length_or_any() -> None:
+    assert make_expert("transformer", 8, {})[1] == (BatchTensorProto(64, 8),)
+    assert make_expert("transformer", 8, {"seq_len": 0})[1] == (BatchTensorProto(None, 8),)
+
+
 def test_nop_gives_a_copy() -> None:
     x = torch.randn(2, 4)
     y = make_expert("nop", 4, {})[0](x)
