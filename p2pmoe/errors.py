@@ -64,6 +64,8 @@ _NO_MEMORY: Final = re.compile(
 )
 MAX_MESSAGE_CHARS: Final = 1000
 """Of an error that a peer answered."""
+_MAX_NAME_CHARS: Final = 100
+_MAX_NESTED: Final = 3
 
 
 class P2PMoEError(Exception):
@@ -331,18 +333,22 @@ _BY_CODE: dict[int, type[CallError]] = {
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the system refused memory; torch and the libraries below say so in words only."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error.args[0]) if error.args else ""))
-    )
+    """Whether the system refused memory; torch and the libraries below say so in words only. Never raises."""
+    kind = type(error)  # asking what it is an instance of would call what a user may have written
+    try:
+        if issubclass(kind, OSError):
+            return bool(getattr(error, "errno", None) == errno.ENOMEM)
+        return issubclass(kind, MemoryError) or (
+            issubclass(kind, RuntimeError) and bool(_NO_MEMORY.search(str(error.args[0]) if error.args else ""))
+        )
+    except BaseException:  # noqa: BLE001 - a text that cannot be had says nothing of memory
+        return False
 
 
 def out_of_memory(error: BaseException) -> OutOfMemoryError:
     """What a caller is told when the system refused memory for its call."""
     return OutOfMemoryError(
-        f"the node's system gives it no memory for this call now ({type(error).__name__}); send fewer rows a call, or "
+        f"the node's system gives it no memory for this call now ({_name_of(type(error))}); send fewer rows a call, or "
         f"ask another provider"
     )
 
@@ -353,6 +359,45 @@ def shown(text: str) -> str:
         each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text[: MAX_MESSAGE_CHARS + 1]
     )
     return text if len(text) <= MAX_MESSAGE_CHARS else text[: MAX_MESSAGE_CHARS - 1] + "…"
+
+
+def message_of(error: BaseException) -> str:
+    """What an exception says, as `shown` makes it: whatever it is or does, this gives a text that can be sent.
+
+    Somebody else's exception may have a `__str__` that raises anything, or that gives a lone surrogate, which no
+    encoding takes, a megabyte, or a subclass of str with ideas of its own.
+    """
+    try:
+        return shown(str.__str__(str(error)))
+    except BaseException:  # noqa: BLE001 - SystemExit too: nothing that is said of an error may be another one
+        return "an error whose text cannot be had"
+
+
+def describe(error: BaseException, limit: int = 500) -> str:
+    """Kind and first line of an exception, of a group also its first member: "KeyError: 'x'". Never raises."""
+    try:
+        parts = [_described(error)]
+        while issubclass(type(error), BaseExceptionGroup) and len(parts) < _MAX_NESTED:
+            error = BaseExceptionGroup.exceptions.__get__(error)[0]
+            parts.append(_described(error))
+        text = shown(": ".join(parts))
+    except BaseException:  # noqa: BLE001 - no memory, no stack: what is left is to say that there was an error
+        return "an exception that cannot be described"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _described(error: BaseException) -> str:
+    name = _name_of(type(error))
+    try:
+        lines = str.__str__(str(error))[: 4 * MAX_MESSAGE_CHARS].strip().splitlines()
+    except BaseException:  # noqa: BLE001 - then the name must do
+        return name
+    return f"{name}: {lines[0]}" if lines else name
+
+
+def _name_of(kind: type) -> str:
+    """The name of a class, past whatever its metaclass says instead."""
+    return shown(str.__str__(type.__dict__["__name__"].__get__(kind)))[:_MAX_NAME_CHARS]
 
 
 def call_error(code: int, message: str, retry_after_s: float | None = None) -> CallError:

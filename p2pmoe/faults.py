@@ -13,14 +13,13 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Final
 
-from p2pmoe.errors import P2PMoEError, UnexpectedError
+from p2pmoe.errors import P2PMoEError, UnexpectedError, describe
 
 log = logging.getLogger(__name__)
 
 QUIET_S: Final = 10.0
 """A place whose exceptions a stranger may cause tells of one in so many seconds."""
 _MAX_PLACES: Final = 1024
-_MAX_REASON: Final = 500
 _told_at: dict[str, float] = {}
 
 
@@ -32,12 +31,12 @@ def unexpected(where: str, error: BaseException, *, by_a_stranger: bool = False)
         error: the exception; it becomes the `__cause__`.
         by_a_stranger: one line in `QUIET_S` at most for this place: the log is not a stranger's to fill.
     """
-    fault = UnexpectedError(f"{where} failed unexpectedly: {_reason(error)}; the log has its traceback")
+    fault = UnexpectedError(f"{where} failed unexpectedly: {describe(error)}; the log has its traceback")
     fault.__cause__ = error
     if not by_a_stranger or _is_due(where):
         try:
             log.error("%s failed unexpectedly", where, exc_info=error)
-        except Exception:  # noqa: BLE001, S110 - a handler or filter of the user's; there is nobody left to tell
+        except BaseException:  # noqa: BLE001, S110 - a handler of the user's, a `__str__`; there is nobody left to tell
             pass
     return fault
 
@@ -83,15 +82,6 @@ def _look(where: str, by_a_stranger: bool, task: asyncio.Task[Any]) -> None:
     error = None if task.cancelled() else task.exception()
     if error is not None and not isinstance(error, P2PMoEError):
         unexpected(where, error, by_a_stranger=by_a_stranger)
-
-
-def _reason(error: BaseException) -> str:
-    name = type(error).__name__
-    try:
-        text = str(error).partition("\n")[0]
-    except Exception:  # noqa: BLE001 - somebody else's `__str__`
-        return name
-    return f"{name}: {text[:_MAX_REASON]}" if text else name
 
 
 def _is_due(where: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from p2pmoe.errors import CallError, DecodeError, call_error
+from p2pmoe.errors import CallError, DecodeError, call_error, message_of
 from p2pmoe.protocol.depth import MAX_JSON_DEPTH, check_json_depth
 from p2pmoe.types import WIRE_VERSION
 
@@ -109,12 +109,12 @@ class ResponseHeader(msgspec.Struct, omit_defaults=True, frozen=True):
 
 
 def error_header(call_id: str, model_name: str, error: CallError | DecodeError) -> ResponseHeader:
-    """The error frame that answers one failed call."""
+    """The error frame that answers one failed call. It can be encoded, whatever the error says."""
     return ResponseHeader(
         id=call_id,
         model_name=model_name,
         code=error.code,
-        message=str(error),
+        message=message_of(error),
         retry_after_s=getattr(error, "retry_after_s", None),
     )
 

@@ -117,11 +117,15 @@ class ExpertBackend(nn.Module):
         """Sees the inputs' gradients of a pass before its optimizer step; raises NonFiniteResultError to stop it.
 
         Where it is set, a forward pass in which the buffers overflow is stopped too."""
+        self._applying = False  # from the moment on that this pass's gradients may have been applied
         self.forward_pool = TaskPool(self.forward, uid=f"{name}/forward", **pool_options)
         self.backward_pool = TaskPool(self.backward, uid=f"{name}/backward", **pool_options)
         self.forward_pool.results, self.backward_pool.results = protos, self._input_protos
         for pool in self.get_pools():
             pool.splits_by_shape = any(proto.is_free for proto in self._input_protos)
+        self.forward_pool.may_repeat = lambda: True
+        if type(self).backward is ExpertBackend.backward:  # nobody knows when another one steps
+            self.backward_pool.may_repeat = lambda: not self._applying
 
     def __repr__(self) -> str:
         schemas = f"{format_schema(self.forward_schema)} -> {format_schema(self.outputs_schema)}"
@@ -172,6 +176,7 @@ class ExpertBackend(nn.Module):
         """
         (args, kwargs), grad_outputs = self._pack_backward(inputs)
         with self._computing, torch.inference_mode(False), torch.enable_grad(), self._conduct():
+            self._applying = False
             args, kwargs = nested_map(_as_leaf, (args, kwargs))
             earlier = self._set_gradients_aside()
             self.kept.keep()
@@ -188,11 +193,12 @@ class ExpertBackend(nn.Module):
                     self.before_step(gradients)
                 for parameter, gradient in earlier:
                     parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
+                self._applying = True
                 self.apply_gradients()
             except BaseException as error:
                 self.opt.zero_grad(set_to_none=True)  # half a gradient must not leak into the next step
                 self.kept.put_back()
-                if isinstance(error, NonFiniteResultError):  # no step was taken
+                if not self._applying or issubclass(type(error), NonFiniteResultError):  # no step was taken
                     for parameter, gradient in earlier:
                         parameter.grad = gradient
                 raise

@@ -55,6 +55,9 @@ class Device(Protocol):
     def finish(self, launched: Launched) -> Flat:
         """The results, on the CPU and complete."""
 
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether nothing can be computed here any more after this error."""
+
 
 def open_device(name: str) -> Device:
     """The device of a torch name such as "cpu" or "cuda:1"."""
@@ -137,6 +140,9 @@ class PlainDevice:
     def finish(self, launched: Launched) -> Flat:
         return tuple(output.detach() if output.is_cpu else output.detach().to("cpu") for output in launched.outputs)
 
+    def is_lost(self, error: BaseException) -> bool:
+        return False
+
 
 class CudaDevice:
     """One GPU: pinned staging, copies on streams of their own, so that they overlap with computing."""
@@ -185,6 +191,10 @@ class CudaDevice:
     def finish(self, launched: Launched) -> Flat:
         launched.done.synchronize()
         return launched.outputs
+
+    def is_lost(self, error: BaseException) -> bool:
+        # An index out of range trips an assertion in the kernel, and ends the whole process's use of CUDA.
+        return issubclass(type(error), torch.AcceleratorError)
 
     @staticmethod
     def _pin(column: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from p2pmoe.config import BatchingConfig, ExpertsConfig, LimitsConfig, OptimizerConfig
-from p2pmoe.errors import ConfigError
+from p2pmoe.errors import ConfigError, describe
 from p2pmoe.experts.declarations import ANY_DIGEST, check_announceable
 from p2pmoe.experts.uid import expand_patterns, first_repeated
 from p2pmoe.protocol.nested import nested_flatten
@@ -96,8 +96,9 @@ def _to_device(module: torch.nn.Module, name: str) -> torch.nn.Module:
     try:
         return module.to(torch.device(name))
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"devices: {name!r} cannot be used: {reason}; devices = ['cpu'] always works") from error
+        raise ConfigError(
+            f"devices: {name!r} cannot be used: {describe(error)}; devices = ['cpu'] always works"
+        ) from error
 
 
 def _seed_of(seed: int, uid: str) -> int:
@@ -114,4 +115,4 @@ def _import(name: str) -> None:
     except ConfigError:
         raise
     except Exception as error:  # the module's own code may raise anything
-        raise ConfigError(f"experts.modules: {name} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"experts.modules: {name} cannot be imported: {describe(error)}") from error

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from p2pmoe.errors import CallError
+from p2pmoe.faults import attempt
 from p2pmoe.rpc.base import Flat
 from p2pmoe.server.task_pool import Task
 
@@ -83,9 +84,13 @@ def settle(pairs: Sequence[tuple[Task, Result]]) -> None:
 
 def _set_results(pairs: list[tuple[Task, Result]]) -> None:
     for task, result in pairs:
-        if task.future.done():
-            continue
-        if isinstance(result, CallError):
-            task.future.set_exception(result)
-        else:
-            task.future.set_result(result)
+        attempt("handing over a result", _set_result, task, result, by_a_stranger=True)
+
+
+def _set_result(task: Task, result: Result) -> None:
+    if task.future.done():
+        return
+    if isinstance(result, CallError):
+        task.future.set_exception(result)
+    else:
+        task.future.set_result(result)

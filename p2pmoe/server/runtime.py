@@ -11,33 +11,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-
-import torch
+from collections import deque
+from collections.abc import Iterable
 
 from p2pmoe import forks
-from p2pmoe.errors import (
-    BadRequestError,
-    CallError,
-    DrainingError,
-    ExpertFailedError,
-    NonFiniteResultError,
-    is_out_of_memory,
-    out_of_memory,
-)
-from p2pmoe.rpc.base import Flat
+from p2pmoe.errors import CallError, DrainingError, ExpertFailedError, ExpiredCallError, describe
+from p2pmoe.faults import unexpected
 from p2pmoe.rpc.doorbell import Doorbell
-from p2pmoe.server.devices import Device, Launched, Staged, open_device
+from p2pmoe.server.computing import BatchObserver, Computing, Failed
+from p2pmoe.server.devices import Staged, open_device
 from p2pmoe.server.fair_queue import DeviceShares
 from p2pmoe.server.memory import keep_freed_memory, trim_memory
 from p2pmoe.server.outbox import Outbox, settle
-from p2pmoe.server.task_pool import Batch, BatchGate, Task, TaskPool
+from p2pmoe.server.recovery import Culprits
+from p2pmoe.server.task_pool import Batch, Task, TaskPool
 
 logger = logging.getLogger(__name__)
 
 _TRIM_AFTER_S = 0.5
 _IDLE_S = 60.0  # how long the thread sleeps when nothing is queued; any submit wakes it
-BatchObserver = Callable[[Batch, float, bool], None]
 
 
 class Runtime:
@@ -59,9 +51,12 @@ class Runtime:
         self._rung = False
         self._closing = False
         self._pools: list[TaskPool] = []
-        self._running = 0
+        self._computing: Computing | None = None
+        self._ended: CallError | None = None
         self._shares = DeviceShares()
-        self._outbox = Outbox(lambda: bool(self._running or self.tasks_waiting))
+        self._culprits = Culprits(time.monotonic)
+        self._set_aside: deque[tuple[Batch, float]] = deque()  # of culprits, and how long they may be kept waiting
+        self._outbox = Outbox(lambda: bool(self.tasks_running or self.tasks_waiting))
         self._computed_since_trim = True  # making experts leaves freed memory too
         self._thread: threading.Thread | None = None
         for pool in pools:
@@ -70,16 +65,22 @@ class Runtime:
 
     def __repr__(self) -> str:
         return (
-            f"<Runtime {self.device}: {len(self._pools)} pools, {len(self._waiting)} waiting, {self._running} running>"
+            f"<Runtime {self.device}: {len(self._pools)} pools, {len(self._waiting)} waiting, "
+            f"{self.tasks_running} running>"
         )
 
     @property
     def tasks_waiting(self) -> int:
-        return sum(len(pool) for pool in self._pools)
+        return sum(len(pool) for pool in self._pools) + sum(len(each[0].tasks) for each in list(self._set_aside))
 
     @property
     def tasks_running(self) -> int:
-        return self._running
+        return 0 if self._computing is None else self._computing.running
+
+    @property
+    def alive(self) -> bool:
+        """False once the device thread has ended though nobody closed it: calls are refused."""
+        return self._ended is None
 
     def add(self, pool: TaskPool) -> None:
         """Serve one more pool."""
@@ -113,6 +114,9 @@ class Runtime:
     def queued(self, pool: TaskPool) -> None:
         """See `Waker`."""
         self._waiting[pool] = None
+        if self._ended is not None:
+            error = self._ended
+            settle([(task, error) for task in pool.drain()])
 
     def wake(self) -> None:
         """See `Waker`."""
@@ -131,25 +135,79 @@ class Runtime:
     # -- the device thread
 
     def _run(self) -> None:
-        device = open_device(self.device)
+        reason = "its thread has ended"
+        try:
+            self._serve()
+        except BaseException as error:  # noqa: BLE001 - whoever waits for this thread must hear of it
+            reason = describe(error)
+            unexpected(f"the thread of device {self.device}", error)
+        finally:
+            self._end(reason)
+
+    def _serve(self) -> None:
+        computing = self._computing = Computing(
+            open_device(self.device),
+            self._outbox,
+            self._shares,
+            self._culprits,
+            may_wait=self._may_wait,
+            on_batch=self._on_batch,
+        )
         staged: Staged | None = None
         while not self._closing:
-            if staged is None:
-                batch = self._wait_for_batch()
-                staged = None if batch is None else self._stage(device, batch)
-                continue
-            started = time.perf_counter()
-            tasks = staged.batch.tasks
-            launched = self._launch(device, staged)
-            staged = None
-            if device.prefetches and (following := self._take_now()[0]) is not None:
-                staged = self._stage(device, following)
-            if launched is not None:
-                self._finish(device, launched, started)
-            self._shares.charge(tasks, time.perf_counter() - started)
-        if staged is not None:
-            self._deliver_error(staged.batch.tasks, DrainingError("the node is shutting down"))
-        self._outbox.flush()
+            try:
+                staged = self._turn(computing, staged)
+            except BaseException as error:  # noqa: BLE001 - nothing that a batch does may end the thread
+                staged = None
+                if not computing.running:  # it is the queues themselves
+                    computing.hold(self._drain_pools())
+                computing.abandon(error)
+
+    def _turn(self, computing: Computing, staged: Staged | None) -> Staged | None:
+        """Wait for a batch, or compute the one that is staged; the batch staged meanwhile."""
+        if staged is None:
+            batch = self._wait_for_batch()
+            return None if batch is None else self._stage(computing, batch)
+        started = time.perf_counter()
+        batch, tasks = staged.batch, staged.batch.tasks
+        launched = computing.launch(staged)
+        following = self._take_now()[0] if computing.prefetches else None
+        following = following if following is not None and computing.take(following) else None
+        prepared = None if following is None else computing.stage(following)
+        failure = launched if isinstance(launched, Failed) else computing.finish(launched, started)
+        self._computed_since_trim = True
+        self._shares.charge(tasks, time.perf_counter() - started)
+        if failure is not None:
+            computing.recover(batch, failure)
+        if not isinstance(prepared, Failed):
+            return prepared
+        assert following is not None
+        computing.recover(following, prepared, computed=False)
+        return None
+
+    def _stage(self, computing: Computing, batch: Batch) -> Staged | None:
+        if not computing.take(batch):
+            return None
+        staged = computing.stage(batch)
+        if not isinstance(staged, Failed):
+            return staged
+        computing.recover(batch, staged, computed=False)
+        return None
+
+    def _end(self, reason: str) -> None:
+        """Nothing will be computed any more: nobody may wait for it."""
+        tasks = [] if self._computing is None else self._computing.in_hand()
+        while self._set_aside:
+            tasks += self._set_aside.popleft()[0].tasks
+        if self._closing:
+            error: CallError = DrainingError("the node is shutting down")
+        else:
+            self._ended = error = ExpertFailedError(f"device {self.device} has stopped: {reason}; restart the node")
+            tasks += self._drain_pools()
+        self._outbox.put(tasks, [error] * len(tasks), may_wait=False)
+
+    def _drain_pools(self) -> list[Task]:
+        return [task for pool in self._pools for task in pool.drain()]
 
     def _wait_for_batch(self) -> Batch | None:
         batch, delay_s = self._take_now()
@@ -170,6 +228,33 @@ class Runtime:
     def _take_now(self) -> tuple[Batch | None, float]:
         """The batch to compute now, or how many seconds nothing will be ready unless somebody rings."""
         self._rung = False  # before the queues are read: a task that comes later rings again
+        if self._set_aside and time.monotonic() >= self._set_aside[0][1]:
+            return self._take_aside(), 0.0
+        batch, delay_s = self._take_next()
+        if batch is None:
+            return (self._take_aside(), 0.0) if self._set_aside else (None, delay_s)
+        others, suspects = self._culprits.part(batch.tasks)
+        if not others or not suspects:
+            return batch, 0.0
+        until = time.monotonic() + self._culprits.patience_s(suspects)
+        self._set_aside.append((batch.part(suspects), until))
+        return batch.part(others), 0.0
+
+    def _take_aside(self) -> Batch | None:
+        """The calls that were set aside longest, without those that nobody waits for any more."""
+        batch, now = self._set_aside.popleft()[0], time.monotonic()
+        dead = [task for task in batch.tasks if task.is_dead(now)]
+        for task in dead:
+            task.taken = False  # no device has seen it: it may come again
+        error = ExpiredCallError(
+            f"{batch.pool.uid}: the call's deadline passed; calls of yours failed, so it came last"
+        )
+        self._outbox.put(dead, [error] * len(dead), may_wait=False)
+        live = [task for task in batch.tasks if task not in dead]
+        return batch.part(live) if live else None
+
+    def _take_next(self) -> tuple[Batch | None, float]:
+        """The same of the queues."""
         now = time.monotonic()
         best: tuple[int, float, float] | None = None
         chosen: TaskPool | None = None
@@ -196,98 +281,7 @@ class Runtime:
         if len(pool):  # a task came in between
             self._waiting[pool] = None
 
-    def _stage(self, device: Device, batch: Batch) -> Staged | None:
-        self._running += len(batch.tasks)
-        try:
-            if batch.pool.gate is not None:
-                self._screen(batch, batch.pool.gate)
-            return device.stage(batch) if batch.tasks else None
-        except BaseException as error:  # noqa: BLE001 - the thread must outlive any expert
-            self._fail(device, batch, error)
-            return None
-
-    def _screen(self, batch: Batch, gate: BatchGate) -> None:
-        refused = dict(gate.screen(batch.tasks))
-        if refused:
-            batch.tasks = [task for task in batch.tasks if task not in refused]
-            batch.rows -= sum(task.rows for task in refused)
-            self._running -= len(refused)
-            self._outbox.put(list(refused), list(refused.values()), may_wait=False)
-
-    def _launch(self, device: Device, staged: Staged) -> Launched | None:
-        try:
-            return device.launch(staged)
-        except BaseException as error:  # noqa: BLE001
-            self._fail(device, staged.batch, error)
-            return None
-
-    def _finish(self, device: Device, launched: Launched, started: float) -> None:
-        batch = launched.batch
-        try:
-            outputs = device.finish(launched)
-            results = _results(batch, outputs, batch.pool.gate)
-        except BaseException as error:  # noqa: BLE001
-            self._fail(device, batch, error)
-            return
-        self._running -= len(batch.tasks)
-        self._computed_since_trim = True
-        self._deliver(batch, results)
-        self._observe(batch, time.perf_counter() - started, True)
-
-    def _fail(self, device: Device, batch: Batch, error: BaseException) -> None:
-        self._running -= len(batch.tasks)
-        if batch.pool.gate is not None and self._recover(device, batch, batch.pool.gate, error):
-            return
-        if isinstance(error, BadRequestError):  # only computing showed that the calls do not fit
-            self._observe(batch, 0.0, False)
-            self._deliver_error(batch.tasks, error)
-            return
-        logger.warning(
-            "%s: a batch of %d calls failed: %s: %s", batch.pool.uid, len(batch.tasks), type(error).__name__, error
-        )
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        self._observe(batch, 0.0, False)
-        if is_out_of_memory(error):
-            self._deliver_error(batch.tasks, out_of_memory(error))
-            return
-        reason = str(error).partition("\n")[0][:500]
-        self._deliver_error(
-            batch.tasks, ExpertFailedError(f"{batch.pool.uid}: the expert failed: {type(error).__name__}: {reason}")
-        )
-
-    def _recover(self, device: Device, batch: Batch, gate: BatchGate, error: BaseException) -> bool:
-        """Undo a failed batch; whether it was answered: one that gave NaN or infinity is computed in two parts."""
-        try:
-            gate.undo()
-            if not isinstance(error, NonFiniteResultError):
-                return False
-            if len(batch.tasks) == 1:
-                self._deliver_error(batch.tasks, gate.failed_alone(batch.tasks[0], error))
-                self._observe(batch, 0.0, False)
-                return True
-            parts = gate.split(batch)
-        except Exception:
-            logger.exception("%s: a failed batch could not be undone", batch.pool.uid)
-            return False
-        for part in parts:
-            self._compute(device, part)
-        return True
-
-    def _compute(self, device: Device, batch: Batch) -> None:
-        """From staging to the answers, for a batch that was screened before."""
-        self._running += len(batch.tasks)
-        started = time.perf_counter()
-        try:
-            staged = device.stage(batch)
-        except BaseException as error:  # noqa: BLE001
-            self._fail(device, batch, error)
-            return
-        launched = self._launch(device, staged)
-        if launched is not None:
-            self._finish(device, launched, started)
-
-    def _deliver(self, batch: Batch, results: Sequence[Flat | CallError]) -> None:
+    def _may_wait(self, batch: Batch) -> bool:
         """Results of callers all of whom wait for other experts too may go together with theirs."""
         callers = {task.caller for task in batch.tasks}
         for pool in list(self._waiting):
@@ -295,18 +289,7 @@ class Runtime:
                 break
             if pool is not batch.pool:
                 callers.difference_update(pool.callers())
-        self._outbox.put(batch.tasks, results, may_wait=not callers)
-
-    def _deliver_error(self, tasks: list[Task], error: CallError) -> None:
-        self._outbox.put(tasks, [error] * len(tasks), may_wait=False)
-
-    def _observe(self, batch: Batch, seconds: float, succeeded: bool) -> None:
-        if self._on_batch is None:
-            return
-        try:
-            self._on_batch(batch, seconds, succeeded)
-        except Exception:
-            logger.exception("%s: the observer of batches failed", batch.pool.uid)
+        return not callers
 
 
 class _OfTheParent:
@@ -318,22 +301,3 @@ class _OfTheParent:
 
     def wake(self) -> None:
         """Nobody is there."""
-
-
-def _results(batch: Batch, outputs: Flat, gate: BatchGate | None) -> list[Flat | CallError]:
-    """Each task's rows, or its error."""
-    tasks = batch.tasks
-    if gate is None:
-        return [*_split(tasks, outputs)]
-    spoilt = dict(gate.inspect(batch, outputs))
-    return [
-        spoilt[task] if task in spoilt else gate.give_back(task, result) if task.halvings else result
-        for task, result in zip(tasks, _split(tasks, outputs), strict=True)
-    ]
-
-
-def _split(tasks: list[Task], outputs: Flat) -> list[Flat]:
-    if len(tasks) == 1:
-        return [outputs]
-    sizes = [task.rows for task in tasks]
-    return list(zip(*(torch.split(output, sizes) for output in outputs), strict=True)) or [()] * len(tasks)

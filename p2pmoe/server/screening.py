@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -77,6 +77,10 @@ class PassGate:
             norms = NormGate(factor=factor, warmup_calls=calls)
             least = _least_norm(nested_flatten(backend.outputs_schema))
             self._limit = GradientLimit(norms, factor=factor, warmup_calls=calls, least=least)
+        self._steps = 0  # that the optimizer made since a pass ended
+        self._stepped = False  # whether it made one in the pass that was undone
+        if self._trains:
+            backend.opt.register_step_post_hook(self._count_step)
         # The user's own `apply_gradients` may leave gradients for a later step, where nobody can tell whose they are.
         self._may_gather = type(backend).apply_gradients is not ExpertBackend.apply_gradients
 
@@ -111,6 +115,7 @@ class PassGate:
 
     def inspect(self, batch: Batch, outputs: Flat) -> list[tuple[Task, CallError]]:
         """See `BatchGate.inspect`. A backward batch, whose step was taken, is never computed anew."""
+        self._steps = 0
         finite = all(map(is_finite, outputs))
         if self._buffers.changes_are_finite():
             if finite:
@@ -133,23 +138,31 @@ class PassGate:
 
     def undo(self) -> None:
         """See `BatchGate.undo`."""
+        self._stepped, self._steps = self._steps > 0, 0
         self._buffers.put_back()
 
     def split(self, batch: Batch) -> tuple[Batch, Batch]:
         """See `BatchGate.split`."""
         mild, extreme = split_by_magnitude([magnitude(task.tensors) for task in batch.tasks])
-        return _part(batch, mild), _part(batch, extreme)
+        if self._stepped:
+            raise NonFiniteResultError(f"{self._stats.expert}: its optimizer stepped before something overflowed")
+        return tuple(batch.part([batch.tasks[index] for index in part]) for part in (mild, extreme))  # type: ignore[return-value]
 
     def failed_alone(self, task: Task, error: Exception) -> CallError:
         """See `BatchGate.failed_alone`."""
         if self._trains:
             self._stats.rejected["overflow"] += 1
         return ExpertFailedError(
-            f"{self._stats.expert}/{self._stats.direction}: {error}. Nothing was changed by this call, whose largest "
+            f"{self._stats.expert}/{self._stats.direction}: {error}. "
+            f"{'The expert was changed' if self._stepped else 'Nothing was changed'} by this call, whose largest "
             f"value is {magnitude(task.tensors):.3g}; send smaller ones. If they are small, ask another provider"
         )
 
     # -- private
+
+    def _count_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """After the guard's own hook, which raises when it takes the step back."""
+        self._steps += 1
 
     def _norms_of(self, tasks: list[Task]) -> Iterable[tuple[float, ...]]:
         """For each task the quick norm of each of its tensors; 0 for integers."""
@@ -214,11 +227,6 @@ class PassGate:
                 spoilt.append((task, self.failed_alone(task, error)))
             first += task.rows
         return spoilt
-
-
-def _part(batch: Batch, indices: list[int]) -> Batch:
-    tasks = [batch.tasks[index] for index in indices]
-    return Batch(batch.pool, tasks, sum(task.rows for task in tasks), batch.taken_at)
 
 
 def _scaled(tensor: torch.Tensor, doublings: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import torch
@@ -76,6 +76,10 @@ class Batch:
             return self.pool.process_function(*inputs)
         finally:
             _manner.reset(before)
+
+    def part(self, tasks: list[Task]) -> Batch:
+        """The same of some of its tasks."""
+        return replace(self, tasks=tasks, rows=sum(task.rows for task in tasks))
 
 
 def manner_now() -> Manner:
@@ -159,6 +163,8 @@ class TaskPool:
         """What the function must give, where that is known."""
         self.splits_by_shape = False
         """Calls may differ in the sizes of a row; then only those of equal ones share a batch."""
+        self.may_repeat: Callable[[], bool] = _never
+        """Whether the batch that has just raised may be computed again in parts: nothing of it was applied."""
         self._clock = clock
         self._queue: FairQueue[Task] = FairQueue(_key_of)
         self._lock = threading.Lock()
@@ -315,6 +321,10 @@ class TaskPool:
 
 def _key_of(task: Task) -> Hashable:
     return task.key
+
+
+def _never() -> bool:
+    return False
 
 
 def _fail_soon(task: Task, error: CallError) -> None:

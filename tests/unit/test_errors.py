@@ -6,9 +6,10 @@ import inspect
 import re
 
 import pytest
+from raising_kit import HOSTILE, Mute
 
 from p2pmoe import errors
-from p2pmoe.errors import CallError, LocalError, P2PMoEError, RemoteError, call_error
+from p2pmoe.errors import CallError, LocalError, P2PMoEError, RemoteError, call_error, describe, message_of
 
 
 def classes() -> list[type[P2PMoEError]]:
@@ -88,3 +89,37 @@ def test_exit_codes_say_which_kind_of_failure_it_was() -> None:
     assert all(1 <= each.exit_code <= 125 for each in classes())
     kinds = [errors.InvalidUidError, errors.ConfigError, errors.IdentityError, errors.AddressInUseError, RemoteError]
     assert len({each.exit_code for each in kinds}) == 5
+
+
+# --------------------------------------------------------------------------------- what somebody else's exception says
+
+
+@pytest.mark.parametrize(("error", "text"), HOSTILE.values(), ids=HOSTILE)
+def test_any_exception_is_described_in_one_line_that_can_be_sent(error: BaseException, text: str) -> None:
+    assert describe(error) == text
+    for said in (describe(error), message_of(error)):
+        assert type(said) is str
+        assert len(said) <= errors.MAX_MESSAGE_CHARS
+        assert said.isprintable()
+        assert said.encode("utf-8") is not None
+
+
+def test_an_error_is_described_where_the_stack_is_used_up() -> None:
+    said: list[str] = []
+
+    def sink() -> None:
+        try:
+            sink()
+        except RecursionError as error:
+            said.append(describe(error))
+            raise
+
+    with pytest.raises(RecursionError):
+        sink()
+    assert all(said)
+    assert said[-1].startswith("RecursionError: maximum recursion depth exceeded")
+
+
+def test_the_message_of_an_error_is_all_of_it() -> None:
+    assert message_of(errors.SchemaError("one, two")) == "one, two"
+    assert message_of(Mute()) == "an error whose text cannot be had"

@@ -18,6 +18,8 @@ from p2pmoe.rpc.http.pace import PacedBody
 from p2pmoe.rpc.http.writing import JOIN_BYTES, body_of, write_frames
 from p2pmoe.types import Caller
 
+ANSWER_BEGUN = "p2pmoe.answer_begun"
+"""The key of a request whose answer has begun to leave: no other can follow."""
 _GATHER_S = 0.002
 _FRAMES_HEADERS: CIMultiDict[str] = CIMultiDict({hdrs.CONTENT_TYPE: "application/octet-stream"})
 
@@ -144,6 +146,7 @@ class AnsweredExchange:
 
     async def _start_response(self, frames: list[EncodedFrame], complete: bool) -> web.StreamResponse:
         response = self._response = web.StreamResponse(headers=_FRAMES_HEADERS)
+        self._request[ANSWER_BEGUN] = True
         if self._calls.broken:
             response.force_close()  # the rest of the request is unread
         if complete:

@@ -19,14 +19,16 @@ from p2pmoe.errors import (
     CallError,
     ConfigError,
     DecodeError,
+    ExpertFailedError,
     NameLookupError,
     OverloadedError,
     TooLargeError,
     WireVersionError,
     is_out_of_memory,
     out_of_memory,
+    shown,
 )
-from p2pmoe.faults import attempt
+from p2pmoe.faults import attempt, unexpected
 from p2pmoe.identity import Identity
 from p2pmoe.identity.certificate import CertificateSource
 from p2pmoe.protocol.frames import FrameLimits
@@ -35,7 +37,7 @@ from p2pmoe.rpc.base import Doorkeeper, Service
 from p2pmoe.rpc.budget import SharedBudget
 from p2pmoe.rpc.expert_pages import page_of_query
 from p2pmoe.rpc.http.admission import Admission, Ticket
-from p2pmoe.rpc.http.answering import AnsweredExchange
+from p2pmoe.rpc.http.answering import ANSWER_BEGUN, AnsweredExchange
 from p2pmoe.rpc.http.connection import Connection, ConnectionWatch
 from p2pmoe.rpc.http.documents import EXCHANGE_PATH, WIRE_VERSION_HEADER
 from p2pmoe.rpc.http.infer import infer
@@ -225,22 +227,29 @@ class HttpServer:
         try:
             if request.path not in _UNCOUNTED and not request.path.endswith("/infer"):
                 self._count_document(request)
-            self._check_version(request)
-            if request.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
-                raise BadRequestError("compressed bodies are not read; send it without Content-Encoding")
+            self._check_request(request)
             return await handler(request)
         except (CallError, DecodeError) as error:
             return error_response(error)
-        except (MemoryError, RuntimeError, OSError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return error_response(out_of_memory(error))
         except web.HTTPException as error:
-            return json_response({"error": f"{request.method} {request.path}: {error.reason}"}, error.status)
+            # The path may be no UTF-8, which would not go into JSON.
+            text = shown(f"{request.method} {request.path}: {error.reason}")
+            return json_response({"error": text}, error.status)
+        except Exception as error:
+            if ANSWER_BEGUN in request:
+                raise  # half of an answer has left: only the end of the connection remains
+            if is_out_of_memory(error):
+                return error_response(out_of_memory(error))
+            if isinstance(error, OSError):
+                raise  # the caller has gone
+            told = unexpected("answering a request", error, by_a_stranger=True)
+            return error_response(ExpertFailedError(f"the node failed: {told}"))
         finally:
             self._running.discard(task)
 
-    def _check_version(self, request: web.Request) -> None:
+    def _check_request(self, request: web.Request) -> None:
+        if request.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
+            raise BadRequestError("compressed bodies are not read; send it without Content-Encoding")
         asked = request.match_info.get("version", f"v{WIRE_VERSION}")[1:]
         stated = request.headers.get(WIRE_VERSION_HEADER, asked)
         for version in (asked, stated):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from raising_kit import HOSTILE, Mute
 from swarm_kit import WAIT_S
 
 from p2pmoe import Runtime, TaskPool
@@ -22,6 +23,7 @@ from p2pmoe.errors import (
     NonFiniteResultError,
     OutOfMemoryError,
 )
+from p2pmoe.protocol.messages import encode_json, error_header
 from p2pmoe.server import outbox
 from p2pmoe.server.task_pool import Batch, Task
 
@@ -187,6 +189,105 @@ async def test_memory_that_the_system_refuses_is_503_of_that_batch(
 
 
 @pytest.mark.parametrize(
+    ("error", "text"),
+    [*HOSTILE.values(), (GeneratorExit(), "GeneratorExit"), (asyncio.CancelledError(), "CancelledError")],
+    ids=[*HOSTILE, "generator exit", "cancelled"],
+)
+async def test_whatever_an_expert_raises_its_caller_is_told_and_the_thread_goes_on(
+    error: BaseException, text: str, start: Callable[..., Runtime]
+) -> None:
+    def explode(x: torch.Tensor) -> Flat:
+        if x[0, 0] == 1:
+            raise error
+        return (x,)
+
+    pool = TaskPool(explode, uid="odd")
+    runtime = start(pool)
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(ExpertFailedError) as caught:
+            await pool.submit_task(row(1.0))
+        assert str(caught.value) == f"odd: the expert failed: {text}"
+        assert encode_json(error_header("1", "odd", caught.value))
+        assert (await pool.submit_task(row(2.0)))[0].item() == 2.0
+    assert runtime.alive
+
+
+@pytest.mark.parametrize("name", ["mute", "leaving", "masked", "empty", "stop", "deep group"])
+@pytest.mark.parametrize("place", ["observer", "screen", "inspect", "undo", "split", "failed_alone"])
+async def test_whatever_is_raised_around_a_batch_ends_with_it(
+    name: str, place: str, device: Device, start: Callable[..., Runtime]
+) -> None:
+    error = HOSTILE[name][0]
+
+    def observe(*_: object) -> None:
+        if place == "observer":
+            raise error
+
+    pool = TaskPool(device, uid="odd")
+    pool.gate = door = Door(place, error)
+    runtime = start(pool, on_batch=observe)
+    async with asyncio.timeout(WAIT_S):
+        for values in ((200.0, 300.0), (-1.0, 5.0), (400.0,)):
+            tasks = [pool.submit((row(value),)) for value in values]
+            runtime.wake()
+            await asyncio.gather(*(task.future for task in tasks), return_exceptions=True)
+        door.broken = ""
+        assert (await pool.submit_task(row(2.0)))[0].item() == 4.0
+    assert runtime.tasks_running == 0
+    assert runtime.alive
+
+
+@pytest.mark.parametrize("error", [Mute(), SystemExit(1), RuntimeError("no queue")])
+@pytest.mark.parametrize("method", ["ready_at", "take_batch"])
+async def test_a_broken_queue_fails_what_waits_in_it_and_not_the_thread(
+    error: BaseException, method: str, device: Device, start: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = TaskPool(device, uid="odd")
+    runtime = start(pool)
+
+    def fail() -> Any:
+        raise error
+
+    async with asyncio.timeout(WAIT_S):
+        with monkeypatch.context() as patched:
+            patched.setattr(pool, method, fail)
+            with pytest.raises(ExpertFailedError, match="the node failed: a device thread failed unexpectedly"):
+                await pool.submit_task(row(1.0))
+        assert (await pool.submit_task(row(2.0)))[0].item() == 4.0
+    assert runtime.alive
+
+
+async def test_a_device_that_cannot_be_opened_refuses_what_waits_and_what_comes(
+    device: Device, start: Callable[..., Runtime]
+) -> None:
+    pool = TaskPool(device, uid="ffn.0/forward")
+    waiting = pool.submit_task(row(1.0))
+    runtime = start(pool, device="nonsense:7")
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(
+            ExpertFailedError, match=r"device nonsense:7 has stopped: RuntimeError: .*; restart the node"
+        ):
+            await waiting
+        with pytest.raises(ExpertFailedError, match="has stopped"):
+            await pool.submit_task(row(1.0))
+    assert not runtime.alive
+    assert runtime.tasks_waiting == 0
+
+
+async def test_a_result_that_cannot_be_handed_over_takes_no_other_along() -> None:
+    class Broken(asyncio.Future[Flat]):
+        def set_result(self, result: Flat, /) -> None:
+            raise LookupError("no result")
+
+    loop = asyncio.get_running_loop()
+    futures = [Broken(loop=loop), loop.create_future()]
+    tasks = [Task((row(1.0),), 1, future, 0.0, None) for future in futures]
+    outbox.settle([(task, (row(2.0),)) for task in tasks])
+    async with asyncio.timeout(WAIT_S):
+        assert (await futures[1])[0].item() == 2.0
+
+
+@pytest.mark.parametrize(
     "answer",
     [
         lambda x: (x[:1],),
@@ -243,13 +344,14 @@ async def test_an_observer_that_fails_does_not_end_the_thread(
 class Door:
     """A gate of a test's own: refuses ones, and finds results over 100 non-finite."""
 
-    def __init__(self, broken: str = "") -> None:
+    def __init__(self, broken: str = "", error: BaseException | None = None) -> None:
         self.broken = broken
+        self.error = error or LookupError(f"{broken} is broken")
         self.undone = 0
 
     def _enter(self, name: str) -> None:
         if name == self.broken:
-            raise LookupError(f"{name} is broken")
+            raise self.error
 
     def screen(self, tasks: list[Task]) -> list[tuple[Task, CallError]]:
         self._enter("screen")
@@ -274,6 +376,7 @@ class Door:
         )
 
     def failed_alone(self, task: Task, error: Exception) -> CallError:
+        self._enter("failed_alone")
         return ExpertFailedError(f"alone: {error}")
 
 
