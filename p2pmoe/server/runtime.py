@@ -207,6 +207,7 @@ class Runtime:
         self._outbox.put(tasks, [error] * len(tasks), may_wait=False)
 
     def _drain_pools(self) -> list[Task]:
+        self._waiting.clear()  # first: what comes from now on is told of again
         return [task for pool in self._pools for task in pool.drain()]
 
     def _wait_for_batch(self) -> Batch | None:
