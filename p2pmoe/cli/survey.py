@@ -77,6 +77,11 @@ class Survey:
     def __repr__(self) -> str:
         return f"<Survey: {len(self._schemas)} schemas known>"
 
+    async def names(self) -> list[str]:
+        """The names in front of uids, those that most nodes use first. Raises as `ExpertDirectory.find_names`."""
+        found = await self._directory.find_names()
+        return sorted(found, key=lambda name: (-len(found[name]), name))
+
     async def look(self, pattern: str) -> list[Sighting]:
         """Every expert and provider that a pattern matches now. Raises as `ExpertDirectory.find_experts`."""
         self._directory.invalidate()

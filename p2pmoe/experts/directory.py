@@ -18,6 +18,7 @@ from p2pmoe.errors import ClosedError, P2PMoEError, PeerUnreachableError
 from p2pmoe.experts.cache import ChildrenCache
 from p2pmoe.experts.children import NO_CHILDREN, Children, Provider, children_of
 from p2pmoe.experts.declarations import Child, Declarations, Values, by_prefix, check_announceable
+from p2pmoe.experts.names import NAMES_REFRESH_S, NAMES_TTL_S, ROOT, names_of, pack_names
 from p2pmoe.experts.own_slots import OwnSlots
 from p2pmoe.experts.uid import ExpertUid, UidPattern, parse_prefix, parse_uid, prefix_of
 from p2pmoe.faults import unexpected, watch
@@ -80,6 +81,9 @@ class ExpertDirectory:
         self._declarations = Declarations(lambda: dht.signer.max_value_bytes)
         self._own_slots = OwnSlots(dht)
         self._too_wide = Seldom()
+        self._names: set[str] = set()
+        self._names_at = 0.0
+        self._name_parts = 0
         self._declaring: asyncio.Lock | None = None
         self._reads: dict[str, asyncio.Task[Children]] = {}
         self._refreshing: set[str] = set()
@@ -200,6 +204,14 @@ class ExpertDirectory:
                         level.append(prefix_of(uid.name, uid.coordinates))
         return sorted(records, key=lambda record: (parse_uid(record.uid), record.peer_id))
 
+    async def find_names(self) -> Mapping[str, tuple[PeerId, ...]]:
+        """The names in front of the swarm's uids (`ffn`), each with the peers that say so; some may be gone by now.
+
+        Raises BootstrapError or ClosedError as `get_prefixes`.
+        """
+        self.network_reads += 1
+        return names_of(await self.dht.get(ROOT))
+
     async def find_providers(self, uid: str) -> tuple[Provider, ...]:
         """Who serves an expert now, most recently declared first; empty when nobody does. Raises as `get_prefixes`."""
         parsed = parse_uid(uid)
@@ -238,12 +250,25 @@ class ExpertDirectory:
         async with self._lock():
             await self._own_slots.require_ours(endpoint)
             await self._publish(self._declarations.add(wanted, endpoint, self._clock(), ttl_s), ttl_s)
+            await self._publish_names()
 
     async def _withdraw(self, gone: Sequence[ExpertUid]) -> None:
         async with self._lock():
             values, ttl_s = self._declarations.remove(gone, self._clock(), self.dht.config.ttl_s)
             if values and not self._own_slots.is_yielding:
                 await self._publish(values, ttl_s)
+                await self._publish_names()
+
+    async def _publish_names(self) -> None:
+        """Only when they have changed or grow old. Whoever misses them can still ask for `ffn.`."""
+        names = {parse_uid(uid).name for uid in self._declarations.uids(self._clock())}
+        if names == self._names and self._clock() < self._names_at + NAMES_REFRESH_S:
+            return
+        parts = pack_names(names, self.dht.signer.max_value_bytes)
+        parts += [pack_names(())[0]] * (self._name_parts - len(parts))
+        taken = await self.dht.put_many({ROOT: dict(enumerate(parts))}, NAMES_TTL_S)
+        if taken[ROOT]:
+            self._names, self._names_at, self._name_parts = names, self._clock(), len(parts)
 
     async def _publish(self, values: Values, ttl_s: float) -> None:
         taken = await self.dht.put_many(values, ttl_s)

@@ -72,7 +72,7 @@ class Access:
         self._swarm_key = swarm_key
         self._admin_token = admin_token
         self._clock = clock
-        self._sessions = sessions or Sessions(lifetime_s=config.session_lifetime_s, clock=clock)
+        self._sessions = Sessions(lifetime_s=config.session_lifetime_s, clock=clock) if sessions is None else sessions
         self._known: OrderedDict[str, tuple[Caller, float]] = OrderedDict()  # header -> who, until when
         self._addresses: OrderedDict[str, _Address] = OrderedDict()
         self.needs_session = config.mode != "open" or bool(self._allow) or swarm_key is not None

@@ -96,8 +96,9 @@ class ExpertHandlers:
         self.backends = {backend.name: backend for backend in backends}
         self._runtimes = list(runtimes)
         self._metrics = metrics
-        self._replay = replay or ReplayWindow()
-        self._quota = quota or CallerQuota(LimitsConfig(), clock=time.monotonic)
+        # An empty window or quota is false.
+        self._replay = ReplayWindow() if replay is None else replay
+        self._quota = CallerQuota(LimitsConfig(), clock=time.monotonic) if quota is None else quota
         self._passes = {
             (uid, name): plan for uid, backend in self.backends.items() for name, plan in _plan_passes(backend).items()
         }

@@ -79,6 +79,17 @@ def test_the_three_terminals_run_as_printed() -> None:
         assert len(result["experts"]) == 16
         assert all(each["updates"] > 0 and each["requests"] > 0 for each in result["experts"])
 
+        everything = [lookup_line[0], *lookup_line[2:]]
+        code, out, err = run_command(*everything)
+        assert (code, err) == (0, "")
+        assert "ffn. 4 × 4 16 100% 1" in " ".join(out.split())
+        code, out, _ = run_command(*everything, "--json")
+        overview = json.loads(out)
+        assert (overview["nodes"], overview["experts"], out.count("FP32")) == (1, 16, 2)
+        (ffn,) = overview["prefixes"]
+        assert (ffn["prefix"], ffn["grid"], ffn["coverage"]) == ("ffn.", [4, 4], 1.0)
+        assert ffn["updates"] == sum(each["updates"] for each in result["experts"])
+
         code, out, _ = run_command(*lookup_line, "--json")
         found = json.loads(out)
         assert code == 0

@@ -79,7 +79,7 @@ async def test_somebody_without_a_delegation_is_neither_stored_nor_found(make_di
     mallory = make_directory("mallory", scope=None, owner=None)
     # Every other node refuses; mallory's own copy is handed to whoever asks it.
     await mallory.declare({"ffn.0.0": FFN}, HERE)
-    assert len(mallory.dht.server.storage) == 2
+    assert len(mallory.dht.server.storage) == 3
     assert len(alice.dht.server.storage) == 0
     assert await alice.find_experts("ffn.*") == []
     assert alice.undelegated_records > 0

@@ -11,17 +11,22 @@ import torch
 from swarm_kit import WAIT_S, Failing, Gate, Peer, make_backend, open_world
 
 from p2pmoe import BatchTensorProto
+from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import (
     BadRequestError,
     CallError,
     DrainingError,
     ExpertFailedError,
+    OverloadedError,
     ReplayConflictError,
     UnknownExpertError,
 )
+from p2pmoe.metrics import NodeMetrics
 from p2pmoe.protocol.frames import Frame
 from p2pmoe.protocol.messages import RequestHeader, RequestParameters, TensorHeader, TensorParameters
 from p2pmoe.protocol.schema import DTYPE_TO_DATATYPE
+from p2pmoe.server.handlers import ExpertHandlers
+from p2pmoe.server.quota import CallerQuota
 
 
 @pytest.fixture
@@ -204,3 +209,13 @@ async def test_a_deadline_counts_from_the_arrival(alice: Peer) -> None:
 
 def test_it_prints_its_state(alice: Peer) -> None:
     assert "4 experts, serving" in repr(alice.handlers)
+
+
+def test_the_limits_that_were_given_hold_from_the_first_call_on(alice: Peer) -> None:
+    """A quota that has counted nobody yet is empty, and was taken for none."""
+    quota = CallerQuota(LimitsConfig(caller_max_calls=7, caller_calls_per_s=0.1, caller_burst_s=1.0), clock=lambda: 1.0)
+    handlers = ExpertHandlers(alice.backends.values(), [alice.runtime], metrics=NodeMetrics(), peer_id="a", quota=quota)
+    handlers.admit(header("ffn.0", X))
+    with pytest.raises(OverloadedError, match=r"over 0\.1 calls a second of one caller"):
+        handlers.admit(header("ffn.0", X))
+    assert quota.active_since(0.0) == 1
