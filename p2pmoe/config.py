@@ -293,6 +293,9 @@ class ExpertsConfig(Section, frozen=True):
     """Makes the initial parameters of every uid reproducible."""
     modules: tuple[str, ...] = ()
     """Python modules or files (`*.py`) of your own, imported at start; they call `register_expert_class`."""
+    twins: Literal["wait", "serve"] = "wait"
+    """What happens to a uid that another node serves already: wait until it does not any more, or serve it as well, as
+    replicas with the same parameters do."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -32,6 +32,7 @@ from p2pmoe.faults import own, run_loop
 from p2pmoe.identity import Identity, SwarmKey, load_admin_token
 from p2pmoe.metrics import NodeMetrics
 from p2pmoe.protocol.modes import as_in_a_new_thread
+from p2pmoe.rpc.http.documents import HttpDocuments
 from p2pmoe.rpc.http.server import HttpServer
 from p2pmoe.server.access import Access
 from p2pmoe.server.announcer import Announcer
@@ -44,6 +45,7 @@ from p2pmoe.server.hosting import check_limits, make_backends
 from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.runtime import Runtime
 from p2pmoe.server.screening import guard_experts
+from p2pmoe.server.twin_watch import ASK_TIMEOUT_S, TwinWatch
 from p2pmoe.types import Endpoint, PeerId, canonical_host, is_loopback
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ class Node:
         self._http: HttpServer | None = None
         self._quota = CallerQuota(self.config.limits, clock=time.monotonic)
         self.directory: ExpertDirectory | None = None
+        self.announcer: Announcer | None = None
         self.handlers: ExpertHandlers | None = None
         self._begun = self._is_parents = False
         forks.tell(self)
@@ -251,9 +254,23 @@ class Node:
         self._dht = dht
         self.directory = ExpertDirectory(dht, readdress=self._as_seen)
         self.directory.check(schemas)  # again: the delegation was read just now
-        announcer = Announcer(self.directory, schemas, self.endpoint, ttl_s=config.ttl_s, refresh_s=config.refresh_s)
-        parts.push_async_callback(announcer.close)
-        await announcer.start()
+        self.announcer = Announcer(
+            self.directory,
+            schemas,
+            self.endpoint,
+            ttl_s=config.ttl_s,
+            refresh_s=config.refresh_s,
+            watch=self._watch_twins(parts, self.directory, schemas) if self.config.experts.twins == "wait" else None,
+        )
+        parts.push_async_callback(self.announcer.close)
+        await self.announcer.start()
+
+    def _watch_twins(
+        self, parts: contextlib.AsyncExitStack, directory: ExpertDirectory, schemas: Mapping[str, str]
+    ) -> TwinWatch:
+        documents = HttpDocuments(timeout_s=ASK_TIMEOUT_S)
+        parts.push_async_callback(documents.close)
+        return TwinWatch(directory, documents.get_json, self.peer_id, lambda: self.endpoint, schemas)
 
     def _start_heartbeat(self, parts: contextlib.AsyncExitStack) -> None:
         every_s = self.config.log.heartbeat_s

@@ -148,20 +148,20 @@ class ExpertDirectory:
 
     # --- finding ----------------------------------------------------------------------------------------------
 
-    async def get_prefixes(self, prefixes: Sequence[str]) -> dict[str, Children]:
-        """The children of each prefix (`ffn.`, `ffn.3.`), from the cache where it is fresh.
+    async def get_prefixes(self, prefixes: Sequence[str], *, fresh: bool = False) -> dict[str, Children]:
+        """The children of each prefix (`ffn.`, `ffn.3.`), from the cache where it is fresh; if `fresh`, never from it.
 
         Raises:
             InvalidUidError: no such prefix.
             BootstrapError: no peer is known.
             ClosedError: the DHT node is not running.
         """
-        found = {prefix: self.cached_prefix(prefix) for prefix in prefixes}
+        found = {prefix: None if fresh else self.cached_prefix(prefix) for prefix in prefixes}
         missing = [prefix for prefix, children in found.items() if children is None]
         if missing:
             for prefix in missing:
                 parse_prefix(prefix)
-            found.update(await self.dht.call(lambda: self._read_all(missing)))
+            found.update(await self.dht.call(lambda: self._read_all(missing, fresh=fresh)))
         return {prefix: children or NO_CHILDREN for prefix, children in found.items()}
 
     def cached_prefix(self, prefix: str) -> Children | None:
@@ -282,8 +282,8 @@ class ExpertDirectory:
                 f"tried again with the next declaration: check that peers are reachable and the clock is right"
             )
 
-    async def _read_all(self, prefixes: Sequence[str]) -> dict[str, Children]:
-        found = await asyncio.gather(*(self._read(prefix) for prefix in prefixes))
+    async def _read_all(self, prefixes: Sequence[str], *, fresh: bool) -> dict[str, Children]:
+        found = await asyncio.gather(*(self._read(prefix, ahead=fresh) for prefix in prefixes))
         return {prefix: self._cache.filtered(each) for prefix, each in zip(prefixes, found, strict=True)}
 
     async def _read(self, prefix: str, *, ahead: bool = False) -> Children:

@@ -21,7 +21,9 @@ import p2pmoe
 async def main(initial_peer: str, uids: list[str]) -> None:
     torch.set_num_threads(1)
     peers = () if initial_peer == "-" else (initial_peer,)
-    config = p2pmoe.NodeConfig.from_tree({"dht": {"initial_peers": peers, "ttl_s": 6.0, "refresh_s": 2.0}})
+    config = p2pmoe.NodeConfig.from_tree(
+        {"dht": {"initial_peers": peers, "ttl_s": 6.0, "refresh_s": 2.0}, "experts": {"twins": "serve"}}
+    )
     backends = [make_backend(uid, dim=8, lr=0.05) for uid in uids]
     async with p2pmoe.Node(config, backends) as node:
         print(node.dht_address, flush=True)
