@@ -164,7 +164,7 @@ class ExpertHandlers:
         checked_at, was_ready = self._last_ready
         if time.monotonic() - checked_at < 1.0:
             return was_ready
-        is_ready = await self._try_forward()
+        is_ready = all(runtime.alive for runtime in self._runtimes) and await self._try_forward()
         self._last_ready = (time.monotonic(), is_ready)
         return is_ready
 
