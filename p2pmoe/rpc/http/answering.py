@@ -18,7 +18,7 @@ from p2pmoe.rpc.http.pace import PacedBody
 from p2pmoe.rpc.http.writing import JOIN_BYTES, body_of, write_frames
 from p2pmoe.types import Caller
 
-ANSWER_BEGUN = "p2pmoe.answer_begun"
+ANSWER_BEGUN = web.RequestKey("p2pmoe.answer_begun", bool)
 """The key of a request whose answer has begun to leave: no other can follow."""
 _GATHER_S = 0.002
 _FRAMES_HEADERS: CIMultiDict[str] = CIMultiDict({hdrs.CONTENT_TYPE: "application/octet-stream"})
