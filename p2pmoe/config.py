@@ -417,7 +417,10 @@ class NodeConfig(Section, frozen=True):
                 {field.name: field.type for field in msgspec.structs.fields(section)} if _is_section(section) else {}
             )
             if name not in fields:
-                raise ConfigError(f"{source}: {key_path}: unknown key; see node.toml for every key and its default")
+                raise ConfigError(
+                    f"{source}: {key_path}: unknown key; see node.toml for every key and its default "
+                    f"(p2pmoe node --print-config)"
+                )
             section = fields[name]
         tree: dict[str, Any] = {}
         _set_path(tree, key_path, _copy_value(value, source, 1), source)
@@ -553,7 +556,7 @@ def _readable(error: msgspec.ValidationError, key_path: str = "") -> str:
     unknown = message.partition("unknown field `")[2].rstrip("`")
     if unknown:
         key = f"{key}.{unknown}" if key else unknown
-        return f"{key}: unknown key; see node.toml for every key and its default"
+        return f"{key}: unknown key; see node.toml for every key and its default (p2pmoe node --print-config)"
     if _OWN_KEY_RE.match(message):  # our own words name the key already
         return f"{key}.{message}" if key else message
     if not key and " " in message and not message.startswith(("Expected", "Object")):  # settings that conflict

@@ -28,7 +28,6 @@ app = typer.Typer(
     name="p2pmoe",
     help="Train a huge mixture of experts through strangers' machines.",
     epilog=_EPILOG,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
+import p2pmoe
 from p2pmoe.cli.arguments import AsJson, InitialPeers, Owner, SwarmId, SwarmKeyFile, at_home
 from p2pmoe.cli.joining import NO_EXPERTS, explain, free_experts, join_line
 from p2pmoe.cli.logs import set_up_logs
@@ -34,6 +35,13 @@ Experts = Annotated[
     list[str] | None,
     typer.Option("--experts", metavar="PATTERN…", help="Uids to host, e.g. 'ffn.[0:4].[0:4]'. [P2PMOE_EXPERTS_UIDS]"),
 ]
+
+
+def print_config(wanted: bool) -> None:
+    """The commented file that lies in the package. For `--print-config`."""
+    if wanted:
+        typer.echo((Path(p2pmoe.__file__).parent / "node.toml").read_text(encoding="utf-8"), nl=False)
+        raise typer.Exit
 
 
 def node(
@@ -86,6 +94,15 @@ def node(
     log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option("--log-format", help="text or json.")] = None,
     as_json: AsJson = False,
+    _print: Annotated[
+        bool,
+        typer.Option(
+            "--print-config",
+            callback=print_config,
+            is_eager=True,
+            help="Print a node.toml with every default, and end.",
+        ),
+    ] = False,
     parent: Annotated[bool, typer.Option("--exit-with-parent", hidden=True)] = False,
 ) -> None:
     r"""Run a volunteer's node: host experts for a swarm.

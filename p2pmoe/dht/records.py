@@ -58,8 +58,8 @@ class NodeRecords:
             taken = await self._server.set(key, records)
         if not taken:
             raise PeerUnreachableError(
-                f"none of the nodes nearest to {prefix!r} took the record; is this machine's clock right, and are "
-                f"peers reachable? `p2pmoe doctor` checks both"
+                f"none of the nodes nearest to {prefix!r} took the record; set this machine's clock right, and see "
+                f"that UDP reaches other nodes (dht_peers in the log's heartbeat line)"
             )
         return taken
 

@@ -16,6 +16,7 @@ import p2pmoe
 from p2pmoe.cli.failures import EXIT_CODES
 from p2pmoe.cli.main import main
 from p2pmoe.cli.settings import load_client_identity
+from p2pmoe.config import NodeConfig
 from p2pmoe.identity import Identity
 from p2pmoe.training import tasks
 
@@ -174,3 +175,43 @@ def test_train_signs_with_the_key_it_is_given(tmp_path: Path, capsys: pytest.Cap
     missing = ["train", "digits", "--initial-peers", "127.0.0.1:1", "--identity", str(tmp_path / "nobody.pem")]
     assert main(missing) == 4
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_package_has_the_node_toml_of_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[3] / "node.toml").read_text(encoding="utf-8")
+
+    assert main(["node", "--print-config"]) == 0
+
+    assert capsys.readouterr().out == text, "run: cp node.toml p2pmoe/node.toml"
+    assert "node.toml" in (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    assert NodeConfig.parse(text) == NodeConfig()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("p2pmoe lo", "lookup"), ("p2pmoe id swarm-", "swarm-key"), ("p2pmoe node --dht-p", "--dht-port")],
+)
+def test_shells_complete_commands_and_flags(words: str, found: str) -> None:
+    environ = os.environ | {
+        "_P2PMOE_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "p2pmoe"], env=environ, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert found in done.stdout.split(), done.stderr
+
+
+def test_the_script_for_a_shell_is_printed() -> None:
+    environ = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "p2pmoe", "--show-completion", "bash"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "_P2PMOE_COMPLETE=complete_bash" in done.stdout
