@@ -186,6 +186,7 @@ async def test_a_service_that_leaves_breaks_its_exchanges(world: World) -> None:
 
 async def test_a_caller_who_leaves_cancels_what_is_queued(world: World) -> None:
     gate = world.backend("gate.0").expert
+    before = gate.calls
     gate.armed = True
     first = asyncio.create_task(exchange(world, frame("a", uid="gate.0")))
     assert await asyncio.to_thread(gate.begun.wait, WAIT_S)
@@ -197,7 +198,7 @@ async def test_a_caller_who_leaves_cancels_what_is_queued(world: World) -> None:
     await first
     gate.armed = False
     await exchange(world, frame("c", uid="gate.0"))
-    assert gate.calls == 1 + 2, "the dummy run, a and c"
+    assert gate.calls - before == 2, "a and c"
 
 
 @pytest.mark.parametrize("bad", BAD_HEADERS)
