@@ -14,11 +14,13 @@ from typing import Any, Final
 
 from p2pmoe.errors import P2PMoEError
 from p2pmoe.experts.directory import ExpertDirectory, ExpertRecord
+from p2pmoe.protocol.schema_digest import digest_of_json
 from p2pmoe.rpc.http.documents import HttpDocuments
 from p2pmoe.types import WIRE_VERSION, Endpoint, PeerId
 
 MAX_DEPTH: Final = 32
 MAX_SHOWN_TENSORS: Final = 8
+MAX_SCHEMAS: Final = 4096
 CONCURRENT_NODES: Final = 32
 
 
@@ -72,6 +74,8 @@ class Survey:
     ) -> None:
         self._directory, self._documents, self._clock = directory, documents, clock
         self._schemas: dict[str, dict[str, Any]] = {}
+        self._stated: dict[str, dict[Endpoint, dict[str, Any]]] = {}
+        """Schemas whose digest is another than the node says, by that digest."""
         self._slots = asyncio.Semaphore(CONCURRENT_NODES)
 
     def __repr__(self) -> str:
@@ -98,7 +102,7 @@ class Survey:
         return [
             Sighting(
                 record,
-                self._schemas.get(record.schema_digest),
+                self._schema_at(record),
                 round_trips[record.endpoint],
                 now,
                 tuple(providers[record.uid]),
@@ -116,6 +120,12 @@ class Survey:
         """In a closed swarm: records without the owner's delegation that were read so far, and left out."""
         return self._directory.undelegated_records
 
+    def _schema_at(self, record: ExpertRecord) -> dict[str, Any] | None:
+        """What is proved, else what the node says, else, for a node that is silent, what another one says."""
+        stated = self._stated.get(record.schema_digest, {})
+        any_stated = next(iter(stated.values()), None)
+        return self._schemas.get(record.schema_digest) or stated.get(record.endpoint) or any_stated
+
     async def _visit(self, endpoint: Endpoint, uids: dict[str, str]) -> float | None:
         """The round trip in milliseconds; learns the schemas of `uids` (digest -> uid) on the way."""
         async with self._slots:
@@ -131,14 +141,27 @@ class Survey:
             return 1e3 * (time.perf_counter() - started)
 
     async def _learn(self, endpoint: Endpoint, digest: str, uid: str) -> None:
-        if digest in self._schemas:
+        if digest in self._schemas or endpoint in self._stated.get(digest, ()):
             return
         document = await self._documents.get_json(endpoint, f"/p2pmoe/v{WIRE_VERSION}/experts/{uid}")
-        if isinstance(document, dict) and document.get("schema_digest") == digest:
-            self._schemas[digest] = {
-                "forward": document.get("forward_schema"),
-                "outputs": document.get("outputs_schema"),
-            }
+        if not isinstance(document, dict) or document.get("schema_digest") != digest:
+            return
+        schema = {"forward": document.get("forward_schema"), "outputs": document.get("outputs_schema")}
+        if len(self._schemas) + len(self._stated) >= MAX_SCHEMAS:  # strangers may announce any number
+            self._schemas.clear()
+            self._stated.clear()
+        if _adds_up(schema, digest):
+            self._schemas[digest] = schema
+        else:
+            self._stated.setdefault(digest, {})[endpoint] = schema
+
+
+def _adds_up(schema: dict[str, Any], digest: str) -> bool:
+    """Whether a schema is the one that a digest stands for: else it is one node's word, and stands for no other's."""
+    try:
+        return digest_of_json(schema["forward"], schema["outputs"]) == digest
+    except ValueError:
+        return False
 
 
 def format_schema(schema: dict[str, Any] | None) -> str:

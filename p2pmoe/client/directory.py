@@ -144,6 +144,13 @@ class StaticDirectory:
             for each in self._live(uid)
         ]
 
+    async def find_names(self) -> dict[str, tuple[PeerId, ...]]:
+        """The names in front of the uids, each with its peers."""
+        names: dict[str, dict[PeerId, None]] = {}
+        for uid in self._providers:
+            names.setdefault(parse_uid(uid).name, {}).update(dict.fromkeys(each.peer_id for each in self._live(uid)))
+        return {name: tuple(peers) for name, peers in names.items() if peers}
+
     def mark_unreachable(self, peer_id: PeerId, for_s: float) -> None:
         """See `Directory`."""
         self._unreachable.add(peer_id)

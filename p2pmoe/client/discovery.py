@@ -5,14 +5,20 @@ For callers of whole grids: the mixture, and training tasks. What does not fit i
 
 from __future__ import annotations
 
+import asyncio
+import difflib
 from dataclasses import dataclass
+from typing import Final
 
-from p2pmoe.client.directory import ExpertInfo
+from p2pmoe.client.directory import Directory, ExpertInfo
 from p2pmoe.client.offers import read_offers
 from p2pmoe.client.schema_choice import Fits
 from p2pmoe.client.swarm import Swarm
-from p2pmoe.errors import ExpertNotFoundError, SchemaError
+from p2pmoe.errors import ExpertNotFoundError, P2PMoEError, SchemaError
 from p2pmoe.experts.offers import format_grid, is_inside, why_not_this_grid
+
+NAMES_TIMEOUT_S: Final = 2.0
+MAX_NAMES: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +37,10 @@ class Wanted:
     partial_grid: bool = False
 
 
-async def discover(swarm: Swarm, wanted: Wanted, fits: Fits, timeout_s: float) -> ExpertInfo:
-    """The schema of a grid's experts. On the swarm's loop.
+async def discover(
+    swarm: Swarm, wanted: Wanted, fits: Fits, timeout_s: float, *, name_others: bool = True
+) -> ExpertInfo:
+    """The schema of a grid's experts; `name_others`: an empty name's error says which there are. On the swarm's loop.
 
     Raises:
         ExpertNotFoundError: nothing is alive below the name.
@@ -41,8 +49,9 @@ async def discover(swarm: Swarm, wanted: Wanted, fits: Fits, timeout_s: float) -
     """
     offers = await read_offers(swarm.directory, wanted.name, timeout_s)
     if not offers:
+        others = await _other_names(swarm.directory, wanted.name) if name_others else ""
         raise ExpertNotFoundError(
-            f"no expert below {wanted.name}. is alive in grid {format_grid(wanted.grid)}; "
+            f"no expert below {wanted.name}. is alive in grid {format_grid(wanted.grid)}{others}; "
             f"run `p2pmoe lookup '{wanted.name}.*'` to see who is there"
         )
     reason = why_not_this_grid(wanted.name, offers, wanted.grid, partial=wanted.partial_grid)
@@ -51,6 +60,20 @@ async def discover(swarm: Swarm, wanted: Wanted, fits: Fits, timeout_s: float) -
     inside = [offer for offer in offers if is_inside(offer.uid, wanted.grid)]
     among = None if wanted.schema_digest is None else (wanted.schema_digest,)
     return await swarm.schemas.choose(wanted.name, inside, fits, among=among)
+
+
+async def _other_names(directory: Directory, name: str) -> str:
+    """Which names there are instead, those most alike first; nothing where that cannot be had quickly."""
+    find_names = getattr(directory, "find_names", None)  # a directory of one's own need not know
+    if find_names is None:
+        return ""
+    try:
+        async with asyncio.timeout(NAMES_TIMEOUT_S):
+            names = [each for each in await find_names() if each != name]
+    except (P2PMoEError, TimeoutError):
+        return ""
+    alike = difflib.get_close_matches(name, names, n=MAX_NAMES, cutoff=0.0)
+    return f"; there are experts below {', '.join(alike)}" if alike else ""
 
 
 def takes_rows_of(width: int | None) -> Fits:

@@ -117,7 +117,14 @@ class GridFinder:
         return True
 
     async def _find(self, x: torch.Tensor | None) -> ExpertInfo:
-        return await discover(self._swarm, self._wanted, lambda info: self._why_unfit(info, x), self._timeout_s)
+        return await discover(
+            self._swarm,
+            self._wanted,
+            lambda info: self._why_unfit(info, x),
+            self._timeout_s,
+            # Who goes on without anybody looks at every call: one read more each time would be too much.
+            name_others=x is None or not self._allow_nobody,
+        )
 
     def _why_unfit(self, info: ExpertInfo, x: torch.Tensor | None) -> str | None:
         """What is wrong with a schema for this mixture and, if there is one, this input."""

@@ -5,16 +5,15 @@ Datatype names are those of the Open Inference Protocol (KServe v2), "Tensor Dat
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import msgspec
 import torch
 
 from p2pmoe.errors import DecodeError, EncodeError, SchemaError
 from p2pmoe.protocol.nested import nested_flatten
+from p2pmoe.protocol.schema_digest import digest_of_json
 
 DTYPE_TO_DATATYPE: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
@@ -193,8 +192,7 @@ def schema_from_json(value: Any, depth: int = 0) -> Any:
 
 def schema_digest(forward_schema: Any, outputs_schema: Any) -> str:
     """16 hexadecimal characters naming a schema: equal digests mean that calls are interchangeable."""
-    text = msgspec.json.encode([schema_to_json(forward_schema), schema_to_json(outputs_schema)], order="sorted")
-    return hashlib.sha256(b"p2pmoe-schema-1\0" + text).hexdigest()[:16]
+    return digest_of_json(schema_to_json(forward_schema), schema_to_json(outputs_schema))
 
 
 def _tensor_from_json(value: dict[str, Any]) -> BatchTensorProto:

@@ -55,7 +55,7 @@ def test_a_width_that_is_said_wins(address: str) -> None:
         (["--grid", "4x4x4"], 3, "uids below ffn have 2 coordinates, 4 × 4; you asked for 4 × 4 × 4"),
         (["--hidden-dim", "7"], 3, "and you asked for a width of 7"),
         (["--k-best", "17"], 3, "k_best=17 is more than the 16 experts of a grid of 4 × 4"),
-        (["--uid-prefix", "fnn"], 7, "no expert below fnn. is alive"),
+        (["--uid-prefix", "fnn"], 7, "no expert below fnn. is alive in grid 4 × 4; there are experts below ffn; run"),
         (["--grid", "2x2", "--partial-grid", "--k-best", "2"], 0, ""),
     ],
 )

@@ -1,6 +1,7 @@
 """What lookup finds out, from a directory and documents that are scripted."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from p2pmoe.cli.lookup import make_table
 from p2pmoe.cli.survey import Survey, format_schema
 from p2pmoe.errors import PeerUnreachableError
 from p2pmoe.experts.directory import ExpertRecord
+from p2pmoe.protocol.schema_digest import digest_of_json
 from p2pmoe.types import Endpoint, PeerId
 
 ALICE, BOB = Endpoint("10.0.0.1", 1, public_key=bytes([7]) * 32), Endpoint("10.0.0.2", 2)
@@ -129,3 +131,24 @@ def test_a_deeply_nested_schema_is_cut() -> None:
         node = {"type": "tuple", "items": [node]}
 
     assert format_schema({"forward": node, "outputs": TENSOR}) == "nothing → FP32[64]"
+
+
+@pytest.mark.parametrize("liar_first", [True, False])
+async def test_a_false_schema_stands_for_the_node_that_states_it_alone(liar_first: bool) -> None:
+    digest = digest_of_json(FORWARD, TENSOR)
+    false = TENSOR | {"shape": [7]}
+    honest = {"schema_digest": digest, "forward_schema": FORWARD, "outputs_schema": TENSOR}
+
+    def answer(endpoint: Endpoint, path: str) -> Any:
+        return honest | {"outputs_schema": false} if endpoint == BOB else honest
+
+    records = [
+        replace(record("ffn.0", ALICE), schema_digest=digest),
+        replace(record("ffn.1", BOB), schema_digest=digest),
+    ]
+    survey = make_survey(ScriptedDirectory(*(records[::-1] if liar_first else records)), ScriptedDocuments(answer))
+
+    by_node = {each.record.endpoint: each.schema for each in await survey.look("ffn.*")}
+
+    assert by_node[ALICE] == {"forward": FORWARD, "outputs": TENSOR}
+    assert by_node[BOB] == {"forward": FORWARD, "outputs": TENSOR}, "the digest that it announced is proof enough"

@@ -296,7 +296,8 @@ def test_a_grid_that_is_not_the_swarms_is_refused_at_the_first_call_and_by_check
             switch(torch.randn(2, D))
         assert world.mixture(grid_size=(2, 2), partial_grid=True)(torch.randn(2, D)).shape == (2, D)
         assert world.mixture(grid_size=(9, 9))(torch.randn(2, D)).shape == (2, D), "cells may be vacant"
-        with pytest.raises(ExpertNotFoundError, match=r"no expert below fnn\. is alive in grid 4 × 4"):
+        message = r"no expert below fnn\. is alive in grid 4 × 4; there are experts below ffn; run `p2pmoe lookup"
+        with pytest.raises(ExpertNotFoundError, match=message):
             world.mixture(grid_size=(4, 4), uid_prefix="fnn").check()
         assert updates(world, "alice") == 0
 
