@@ -460,8 +460,15 @@ _FALSE_MEANS: Final[tuple[tuple[str, str, float | None], ...]] = (  # TOML has n
 
 
 def one_or_more(texts: str | Iterable[str]) -> tuple[str, ...]:
-    """A text alone as a list of one: whoever passes one peer or uid does not mean its letters."""
-    return (texts,) if isinstance(texts, str) else tuple(texts)
+    """A text alone as a list of one: whoever passes one peer or uid does not mean its letters. Raises ConfigError."""
+    try:
+        several = (texts,) if isinstance(texts, str) else tuple(texts)
+    except TypeError as error:
+        raise ConfigError(f"{texts!r} is neither a text nor a list of texts such as ['127.0.0.1:31337']") from error
+    for each in several:
+        if not isinstance(each, str):
+            raise ConfigError(f"{each!r} is no text; write e.g. '127.0.0.1:31337', in quotes")
+    return several
 
 
 def parse_host_port(text: str, *, what: str = "address") -> tuple[str, int]:

@@ -13,7 +13,7 @@ import torch
 
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.errors import SchemaError
-from p2pmoe.protocol.modes import refuse_tangents, require_plain
+from p2pmoe.protocol.modes import require_plain
 from p2pmoe.protocol.nested import nested_compare, nested_flatten
 from p2pmoe.protocol.schema import BatchTensorProto, format_schema, format_tensor
 from p2pmoe.rpc.base import Flat
@@ -42,8 +42,10 @@ def check_arguments(
     )
     if len(tensors) > 1 and len({len(tensor) for tensor in tensors}) != 1:
         raise SchemaError(f"{uid}: all tensors must have the same batch size, got {[len(each) for each in tensors]}")
-    refuse_tangents(uid, flat)
-    return tensors, _callers_dtype(flat, tensors)
+    for value, tensor in zip(flat, tensors, strict=True):
+        if tensor.is_floating_point():
+            return tensors, None if value is tensor else value.dtype
+    return tensors, None
 
 
 def give_back(outputs: Iterable[torch.Tensor], dtype: torch.dtype | None) -> Flat:
@@ -53,17 +55,10 @@ def give_back(outputs: Iterable[torch.Tensor], dtype: torch.dtype | None) -> Fla
     return tuple(output.to(dtype) if output.is_floating_point() else output for output in outputs)
 
 
-def _callers_dtype(given: tuple[torch.Tensor, ...], tensors: Flat) -> torch.dtype | None:
-    for value, tensor in zip(given, tensors, strict=True):
-        if tensor.is_floating_point():
-            return None if value.dtype is tensor.dtype else value.dtype
-    return None
-
-
 def _cast(uid: str, index: int, value: Any, proto: BatchTensorProto) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise SchemaError(f"{uid}: argument {index} must be a tensor {proto}, got {type(value).__name__}")
-    require_plain(uid, f"argument {index}", value)
+    require_plain(uid, index, value)
     if value.dtype is proto.dtype and value.shape[1:] == proto.shape and value.ndim:
         return value
     both_floating = value.is_floating_point() and proto.dtype.is_floating_point

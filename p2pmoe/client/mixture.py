@@ -31,7 +31,7 @@ from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import P2PMoEError, SchemaError
 from p2pmoe.experts.offers import format_grid
 from p2pmoe.experts.uid import parse_uid, prefix_of
-from p2pmoe.protocol.modes import keeps_graph, out_of_compiled_graphs, refuse_tangents, refuse_tracing, require_plain
+from p2pmoe.protocol.modes import keeps_graph, mode_of_now, out_of_compiled_graphs, refuse_tracing, require_plain
 from p2pmoe.protocol.nested import nested_map, nested_pack
 from p2pmoe.protocol.schema import format_schema, format_tensor, largest_free
 from p2pmoe.rpc.base import Flat
@@ -189,9 +189,11 @@ class RemoteMixtureOfExperts(nn.Module):
         """The same from a coroutine of any loop, which stays free meanwhile. `backward()` blocks as always."""
         deadline = time.monotonic() + self.options.forward_timeout_s
         steps, answer = self._forward_steps(x, args, kwargs), None
+        as_begun = mode_of_now()
         while True:
             try:
-                step = steps.send(answer)
+                with as_begun():
+                    step = steps.send(answer)
             except StopIteration as stop:
                 return stop.value
             answer, left_s = None, _left(deadline)
@@ -288,7 +290,6 @@ class RemoteMixtureOfExperts(nn.Module):
         require_plain(f"a mixture of {self.uid_prefix}", "the input", x)
         if x.ndim < 2 or x.shape[-1] != self.in_features or x.is_complex():
             raise SchemaError(f"{takes}, got {format_tensor(tuple(x.shape), str(x.dtype).removeprefix('torch.'))}")
-        refuse_tangents(f"a mixture of {self.uid_prefix}", (x,))
 
     def _nothing(
         self, rows: torch.Tensor, scores: Sequence[torch.Tensor], zeros: Sequence[torch.Tensor], structure: Any

@@ -41,7 +41,7 @@ from p2pmoe.experts.directory import Provider
 from p2pmoe.experts.offers import Offer
 from p2pmoe.experts.uid import parse_uid
 from p2pmoe.protocol.messages import new_call_id
-from p2pmoe.protocol.modes import keeps_graph, out_of_compiled_graphs, refuse_tracing
+from p2pmoe.protocol.modes import keeps_graph, mode_of_now, out_of_compiled_graphs, refuse_tracing
 from p2pmoe.protocol.schema import BatchTensorProto, format_schema
 from p2pmoe.rpc.base import Flat
 from p2pmoe.types import Manner, Pass
@@ -156,11 +156,13 @@ class RemoteExpert(nn.Module):
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """The same from a coroutine of any loop; the loop stays free while the expert computes."""
         refuse_tracing(self.uid)
+        as_begun = mode_of_now()
         if self._info is None:
             self._info = await self.swarm.run_async(self._fetch_info())
         info = self._info
-        tensors, dtype = check_arguments(self.uid, info, args, kwargs)
-        request = self._forward_request(info, tensors)
+        with as_begun():
+            tensors, dtype = check_arguments(self.uid, info, args, kwargs)
+            request = self._forward_request(info, tensors)
         versions = _versions(tensors)
         outputs = await self._call_async(request, self.forward_timeout_s)
         if versions != _versions(tensors):
@@ -168,7 +170,8 @@ class RemoteExpert(nn.Module):
                 f"{self.uid}: an argument was modified by an inplace operation while the call was under way; nobody "
                 f"knows which values were sent. Change a copy"
             )
-        return info.pack_outputs(give_back(self._attach(outputs, request), dtype))
+        with as_begun():
+            return info.pack_outputs(give_back(self._attach(outputs, request), dtype))
 
     def call_backward(
         self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], manner: Manner | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -38,6 +38,21 @@ def as_in_a_new_thread() -> Iterator[None]:
 def keeps_graph() -> bool:
     """Whether autograd records what this thread does."""
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def mode_of_now() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Contexts in which autograd does what it does now.
+
+    A coroutine goes on in whatever mode its thread is in by then: other tasks leave `no_grad` on while they wait.
+    """
+    with_grad, with_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        with torch.inference_mode(with_inference), torch.set_grad_enabled(with_grad):
+            yield
+
+    return again
 
 
 def usable_anywhere(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,27 +81,42 @@ def refuse_tracing(who: str) -> None:
         )
 
 
-def require_plain(who: str, name: str, tensor: torch.Tensor) -> None:
-    """That a tensor has values that can be sent. Raises SchemaError or TorchModeError."""
-    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise SchemaError(
-            f"{who}: {name} is a {kind} tensor on {tensor.device.type}; only dense tensors with values can travel, "
-            f"e.g. its to_dense() or to_padded_tensor(0.0)"
-        )
+def require_plain(who: str, what: str | int, tensor: torch.Tensor) -> None:
+    """That a tensor has values that can be sent, and nothing besides. `what` is a name, or the number of an argument.
+
+    Raises SchemaError, and TorchModeError for what transforms and forward-mode differentiation make.
+    """
     try:
+        if type(tensor) is not torch.Tensor:
+            _require_memory(tensor)
         tensor.data_ptr()
-    except RuntimeError as error:
-        raise TorchModeError(
-            f"{who}: {name} is a {type(tensor).__name__} without values of its own, as inside torch.func (vmap, grad, "
-            f"jvp) or a fake tensor mode; a remote call cannot be transformed. Use torch.autograd, and rows for vmap"
-        ) from error
-
-
-def refuse_tangents(who: str, tensors: tuple[Any, ...]) -> None:
-    """Raises TorchModeError for inputs of forward-mode differentiation, whose tangents would be lost."""
-    for tensor in tensors:
-        if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta:
+            if forward_ad.unpack_dual(tensor).tangent is None:
+                return
             raise TorchModeError(
                 f"{who}: forward-mode differentiation does not reach through a remote call; use backward()"
             )
+    except RuntimeError as error:
+        if isinstance(error, TorchModeError):
+            raise
+        if tensor.layout is torch.strided and not tensor.is_nested:
+            raise TorchModeError(
+                f"{who}: {_name(what)} is a {type(tensor).__name__} without values of its own, as inside torch.func "
+                f"(vmap, grad, jvp) or a fake tensor mode; a remote call cannot be transformed. Use torch.autograd, "
+                f"and rows for vmap"
+            ) from error
+    kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+    raise SchemaError(
+        f"{who}: {_name(what)} is a {kind} tensor on {tensor.device.type}; only dense tensors with values can travel, "
+        f"e.g. its to_dense() or to_padded_tensor(0.0)"
+    )
+
+
+def _require_memory(tensor: torch.Tensor) -> None:
+    """Classes with a `__torch_dispatch__` of their own stand for tensors: fake, functional, distributed ones."""
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not tensor.is_nested:
+        raise RuntimeError(f"{type(tensor).__name__} has no memory")
+
+
+def _name(what: str | int) -> str:
+    return f"argument {what}" if isinstance(what, int) else what

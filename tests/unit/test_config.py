@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pmoe import NodeConfig
+from p2pmoe import NodeConfig, Swarm
 from p2pmoe.config import AccessConfig, DHTConfig, ExpertsConfig, Section
 from p2pmoe.errors import ConfigError
 
@@ -234,6 +234,12 @@ def test_one_text_in_the_place_of_several_is_a_list_of_one() -> None:
     assert NodeConfig.from_tree({"dht": {"initial_peers": "[::1]:31337"}}).dht.initial_peers == ("[::1]:31337",)
     overrides = {"dht.initial_peers": "127.0.0.1:31337"}
     assert NodeConfig.from_tree({}, overrides=overrides).dht.initial_peers == ("127.0.0.1:31337",)
+
+
+@pytest.mark.parametrize("peers", [31337, None, [31337], [("127.0.0.1", 31337)], ("127.0.0.1", 31337)])
+def test_what_is_no_list_of_texts_is_one_typed_error(peers: Any) -> None:
+    with pytest.raises(ConfigError, match="text"):
+        Swarm(peers)
 
 
 def test_every_list_of_texts_takes_one_text() -> None:

@@ -205,7 +205,7 @@ def test_integer_outputs_in_a_mixture_are_refused_with_the_way_out() -> None:
         x = torch.randn(3, D)
         for layer in (world.mixture(grid_size=(1, 2)), p2pmoe.RemoteSwitchMixtureOfExperts(world.swarm, **options)):
             for _ in range(2):
-                with pytest.raises(SchemaError, match=r"INT64\[batch\].*integers cannot take.*swarm\.expert\('ffn\.0"):
+                with pytest.raises(SchemaError, match=r"INT64\[batch\].*integers cannot take.*swarm\.expert"):
                     layer(x)
             with pytest.raises(SchemaError, match="integers cannot take"):
                 asyncio.run(layer.acall(x))

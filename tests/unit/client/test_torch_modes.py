@@ -352,3 +352,46 @@ def test_checkpointing_computes_again_and_gives_the_same(world: World) -> None:
         checkpoint(layer, x, use_reentrant=False).sum().backward()
         layer(z).sum().backward()
         torch.testing.assert_close(x.grad, z.grad)
+
+
+async def test_a_task_that_waits_without_gradients_cuts_no_other_tasks_graph() -> None:
+    """Both run on one thread, whose mode is that of whoever entered one last."""
+    from swarm_kit import Gate
+
+    gate = Gate()
+    hosts = {"alice": [make_backend("ffn.0.0", gate), make_backend("lone.0", lr=0.0)]}
+    with open_world(hosts) as world:
+        moe, expert, lone = world.mixture(grid_size=(1, 1), k_best=1), world.swarm.expert("ffn.0.0"), None
+        moe(torch.randn(1, D))
+        lone = world.swarm.expert("lone.0")
+        lone(torch.randn(1, D)), expert(torch.randn(1, D))
+        gate.armed = True
+        x = torch.randn(2, D, requires_grad=True)
+        training = [asyncio.ensure_future(layer.acall(x)) for layer in (moe, expert)]
+        await until(gate.begun.is_set)
+        async with asyncio.timeout(WAIT_S):
+            with torch.no_grad():
+                gate.go.set()
+                outputs = await asyncio.gather(*training)
+            with torch.inference_mode():
+                evaluated = await lone.acall(x)
+        assert all(each.requires_grad for each in outputs)
+        assert not evaluated.requires_grad
+        sum(each.sum() for each in outputs).backward()
+        assert x.grad is not None
+
+
+def test_export_without_a_compiler_is_refused(world: World) -> None:
+    expert = world.swarm.expert("ffn.0.0")
+    expert(torch.randn(1, D))
+    with pytest.raises(TorchModeError, match=r"torch\.export cannot record|cannot be transformed"):
+        torch.export.export(nn.Sequential(expert), (torch.randn(3, D),), strict=False)  # noqa: TID251 - to see it refused
+
+
+def test_fake_tensors_are_refused(world: World) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for layer in both(world):
+        layer(torch.randn(1, D))
+        with FakeTensorMode() as mode, pytest.raises(TorchModeError, match="FakeTensor without values"):
+            layer(mode.from_tensor(torch.randn(3, D, device="cpu")))
