@@ -228,3 +228,24 @@ def test_arguments_that_are_no_tensors_are_typed_errors_of_the_mixture(world: Wo
 def test_grid_sizes_that_are_none(world: World, grid_size: Any) -> None:
     with pytest.raises(SchemaError, match="whole numbers"):
         world.mixture(grid_size=grid_size)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_no_rows_of_any_length_stay_in_the_graph(asynchronous: bool) -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight
+
+    backends = [make_backend(f"ffn.0.{i}", Mean(), args_schema=(P(None, D),)) for i in range(2)]
+    with open_world({"alice": backends}) as world:
+        for layer in (world.swarm.expert("ffn.0.0"), world.mixture(grid_size=(1, 2))):
+            x = torch.zeros(0, 7, D, dtype=torch.bfloat16, requires_grad=True)
+            y = awaited(layer.acall(x)) if asynchronous else layer(x)
+            assert (y.shape, y.dtype) == ((0, 7, D), torch.bfloat16)
+            y.sum().backward()
+            assert same_bits(x.grad, torch.zeros(0, 7, D, dtype=torch.bfloat16))
+        assert world.swarm.dispatcher.exchanges == 0
