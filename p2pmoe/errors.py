@@ -157,11 +157,16 @@ class RemoteError(P2PMoEError):
 
 
 class DecodeError(RemoteError, ValueError):
-    """Foreign bytes are no value of the wire format. `code` is the HTTP status that refuses them."""
+    """Foreign bytes are no value of the wire format. `code` is the HTTP status that refuses them.
 
-    def __init__(self, message: str, *, code: int = 400) -> None:
+    `is_proof`: no honest peer sends such a reply, whatever happens to its experts or on the way, so that it is held
+    against whoever is proven to have sent it.
+    """
+
+    def __init__(self, message: str, *, code: int = 400, is_proof: bool = False) -> None:
         super().__init__(message)
         self.code = code
+        self.is_proof = is_proof
 
 
 class NonFiniteReplyError(DecodeError):
@@ -195,9 +200,10 @@ class DeadlineError(RemoteError, TimeoutError):
 
 
 class ExpertNotFoundError(RemoteError, LookupError):
-    """No live provider of that uid is known."""
+    """No live provider of that uid is known. `may_appear`: one was, and may be back soon."""
 
     exit_code = 7
+    may_appear: bool = False
 
 
 class ExpertsUnavailableError(RemoteError):

@@ -179,11 +179,16 @@ def _pick(totals_BK: torch.Tensor, scores_BT: torch.Tensor, alive_BKT: torch.Ten
     return best, places.div(columns, rounding_mode="floor"), places % columns
 
 
-async def read_within(directory: Directory, prefixes: Sequence[str], budget_s: float) -> Mapping[str, Children]:
-    """The children of each prefix; those that do not come in time count as having none. Raises as `get_prefixes`."""
+async def read_within(
+    directory: Directory, prefixes: Sequence[str], budget_s: float, *, again: bool = False
+) -> Mapping[str, Children]:
+    """The children of each prefix; those that do not come in time count as having none. Raises as `get_prefixes`.
+
+    `again` reads from the network, whatever is cached.
+    """
     try:
         async with asyncio.timeout(budget_s):
-            return await directory.get_prefixes(prefixes)
+            return await (directory.read_again if again else directory.get_prefixes)(prefixes)
     except TimeoutError:
         # What came in before is in the directory's cache.
         return {prefix: directory.cached_prefix(prefix) or {} for prefix in prefixes}

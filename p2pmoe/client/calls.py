@@ -54,14 +54,14 @@ class Call:
 
     def check(self, header: ResponseHeader) -> None:
         """That a reply has the tensors that were asked for, before memory is allocated. Raises DecodeError."""
+        if header.model_name not in ("", self.uid):
+            raise DecodeError(f"{self.uid} at {self.endpoint} answered as {header.model_name[:64]!r}", is_proof=True)
         if header.code == 200 and not self._fits(header.outputs):
             shown = ", ".join(format_tensor(each.shape, each.datatype[:16]) for each in header.outputs[:16])
             wanted = ", ".join(format_tensor((self.rows, *proto.shape), proto.datatype) for proto in self.expected)
             raise DecodeError(f"{self.uid} at {self.endpoint} answered ({shown}) instead of ({wanted})")
-        if header.model_name not in ("", self.uid):
-            raise DecodeError(f"{self.uid} at {self.endpoint} answered as {header.model_name[:64]!r}")
         if header.code != 200 and header.outputs:
-            raise DecodeError(f"{self.uid} at {self.endpoint} answered an error with tensors")
+            raise DecodeError(f"{self.uid} at {self.endpoint} answered an error with tensors", is_proof=True)
 
     def _fits(self, outputs: tuple[TensorHeader, ...]) -> bool:
         if len(outputs) != len(self.expected):

@@ -6,17 +6,19 @@ a DHT.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from p2pmoe.errors import DecodeError
 from p2pmoe.experts.directory import Children, ExpertRecord, Provider
+from p2pmoe.experts.left_out import Absence, LeftOut
 from p2pmoe.experts.uid import UidPattern, parse_uid
 from p2pmoe.protocol.nested import nested_flatten, nested_packer
 from p2pmoe.protocol.schema import BatchTensorProto, schema_digest, schema_from_json
-from p2pmoe.types import MODES, PeerId
+from p2pmoe.types import MODES, Endpoint, PeerId
 
 
 class Directory(Protocol):
@@ -25,20 +27,41 @@ class Directory(Protocol):
     def cached_prefix(self, prefix: str) -> Children | None:
         """Children of a prefix if they are known and fresh; no I/O, any thread."""
 
+    def announced(self, prefix: str) -> Children:
+        """The same with those who are left out for a while among them; empty when nothing is known; any thread."""
+
     async def get_prefixes(self, prefixes: Sequence[str]) -> Mapping[str, Children]:
         """Children of each prefix, from the network where they are not cached."""
 
-    async def find_providers(self, uid: str) -> tuple[Provider, ...]:
-        """Who hosts a uid."""
+    async def read_again(self, prefixes: Sequence[str]) -> Mapping[str, Children]:
+        """`get_prefixes` from the network, whatever is cached."""
+
+    async def find_providers(self, uid: str, *, again: bool = False) -> tuple[Provider, ...]:
+        """Who hosts a uid; `again` reads from the network, whatever is cached."""
 
     async def find_experts(self, pattern: str) -> list[ExpertRecord]:
         """Every (uid, provider) that a pattern matches."""
 
-    def mark_unreachable(self, peer_id: PeerId, for_s: float) -> None:
-        """Leave this peer out of every answer for a while; any thread."""
+    def mark_unreachable(
+        self,
+        peer_id: PeerId,
+        for_s: float,
+        *,
+        endpoint: Endpoint | None = None,
+        uid: str | None = None,
+        sequence: int | None = None,
+    ) -> None:
+        """Leave this peer out of every answer for a while; or only at one endpoint, or with one expert; any thread.
+
+        Records that were declared after `sequence` are heeded all the same.
+        """
 
     def mark_reachable(self, peer_id: PeerId) -> None:
-        """Forget that."""
+        """Forget that, in all its forms."""
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether nobody can appear who is not known already: then nobody is waited for."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +119,7 @@ class StaticDirectory:
 
     def __init__(self, providers: Mapping[str, Iterable[Provider]]) -> None:
         self._providers = {uid: tuple(each) for uid, each in providers.items()}
-        self._unreachable: set[PeerId] = set()
+        self._left_out = LeftOut()
 
     def __repr__(self) -> str:
         return f"<StaticDirectory: {len(self._providers)} experts>"
@@ -114,22 +137,21 @@ class StaticDirectory:
 
     def cached_prefix(self, prefix: str) -> Children | None:
         """See `Directory`."""
-        children: dict[int, tuple[Provider, ...]] = {}
-        for uid in self._providers:
-            if uid.startswith(prefix):
-                coordinate, _, below = uid[len(prefix) :].partition(".")
-                live = self._live(uid)
-                if below:  # a child that is only a prefix has no schema, as in the DHT
-                    named = {each.peer_id for each in children.get(int(coordinate), ()) if not each.schema_digest}
-                    live = tuple(replace(each, schema_digest="") for each in live if each.peer_id not in named)
-                children[int(coordinate)] = children.get(int(coordinate), ()) + live
-        return {coordinate: providers for coordinate, providers in children.items() if providers}
+        return self._children(prefix, self._left_out)
+
+    def announced(self, prefix: str) -> Children:
+        """See `Directory`."""
+        return self._children(prefix, LeftOut())
 
     async def get_prefixes(self, prefixes: Sequence[str]) -> dict[str, Children]:
         """See `Directory`."""
         return {prefix: self.cached_prefix(prefix) or {} for prefix in prefixes}
 
-    async def find_providers(self, uid: str) -> tuple[Provider, ...]:
+    async def read_again(self, prefixes: Sequence[str]) -> dict[str, Children]:
+        """See `Directory`."""
+        return await self.get_prefixes(prefixes)
+
+    async def find_providers(self, uid: str, *, again: bool = False) -> tuple[Provider, ...]:
         """See `Directory`."""
         parse_uid(uid)
         return self._live(uid)
@@ -151,13 +173,36 @@ class StaticDirectory:
             names.setdefault(parse_uid(uid).name, {}).update(dict.fromkeys(each.peer_id for each in self._live(uid)))
         return {name: tuple(peers) for name, peers in names.items() if peers}
 
-    def mark_unreachable(self, peer_id: PeerId, for_s: float) -> None:
+    is_fixed: Final = True
+    """See `Directory`."""
+
+    def mark_unreachable(
+        self,
+        peer_id: PeerId,
+        for_s: float,
+        *,
+        endpoint: Endpoint | None = None,
+        uid: str | None = None,
+        sequence: int | None = None,
+    ) -> None:
         """See `Directory`."""
-        self._unreachable.add(peer_id)
+        self._left_out = self._left_out.with_one(Absence(peer_id, endpoint, uid, sequence), math.inf)
 
     def mark_reachable(self, peer_id: PeerId) -> None:
         """See `Directory`."""
-        self._unreachable.discard(peer_id)
+        self._left_out = self._left_out.without(peer_id)
 
     def _live(self, uid: str) -> tuple[Provider, ...]:
-        return tuple(each for each in self._providers.get(uid, ()) if each.peer_id not in self._unreachable)
+        return self._left_out.live(self._providers.get(uid, ()), uid)
+
+    def _children(self, prefix: str, left_out: LeftOut) -> Children:
+        children: dict[int, tuple[Provider, ...]] = {}
+        for uid, providers in self._providers.items():
+            if uid.startswith(prefix):
+                coordinate, _, below = uid[len(prefix) :].partition(".")
+                live = left_out.live(providers, uid)
+                if below:  # a child that is only a prefix has no schema, as in the DHT
+                    named = {each.peer_id for each in children.get(int(coordinate), ()) if not each.schema_digest}
+                    live = tuple(replace(each, schema_digest="") for each in live if each.peer_id not in named)
+                children[int(coordinate)] = children.get(int(coordinate), ()) + live
+        return {coordinate: each for coordinate, each in children.items() if each}

@@ -38,16 +38,18 @@ class Wanted:
 
 
 async def discover(
-    swarm: Swarm, wanted: Wanted, fits: Fits, timeout_s: float, *, name_others: bool = True
+    swarm: Swarm, wanted: Wanted, fits: Fits, timeout_s: float, *, name_others: bool = True, again: bool = False
 ) -> ExpertInfo:
-    """The schema of a grid's experts; `name_others`: an empty name's error says which there are. On the swarm's loop.
+    """The schema of a grid's experts. On the swarm's loop.
+
+    `name_others`: an empty name's error says which there are. `again`: by records from the network, whatever is cached.
 
     Raises:
         ExpertNotFoundError: nothing is alive below the name.
         SchemaError: the grid is another one, or no schema that is served there fits.
         RemoteError: nobody answered.
     """
-    offers = await read_offers(swarm.directory, wanted.name, timeout_s)
+    offers = await read_offers(swarm.directory, wanted.name, timeout_s, again=again)
     if not offers:
         others = await _other_names(swarm.directory, wanted.name) if name_others else ""
         raise ExpertNotFoundError(

@@ -20,7 +20,7 @@ from p2pmoe.client.lone_calls import LoneCalls
 from p2pmoe.errors import ClosedError, DecodeError, P2PMoEError, PeerUnreachableError
 from p2pmoe.faults import attempt, unexpected
 from p2pmoe.protocol.finite import all_surely_finite
-from p2pmoe.rpc.base import BlockingTransport, Flat, Transport
+from p2pmoe.rpc.base import BlockingTransport, Flat, Transport, proving
 from p2pmoe.rpc.doorbell import RELAY_PATIENCE_S, Doorbell, Relay
 from p2pmoe.rpc.home_core import HomeCore
 from p2pmoe.types import Endpoint, PeerId
@@ -50,6 +50,7 @@ class Dispatcher:
         self._on_lie = on_lie
         self._queue: deque[CallGroup] = deque()
         self._scheduled = False
+        self._proves = proving(transport)
         self._lone = LoneCalls(transport, on_lie) if isinstance(transport, BlockingTransport) else None
         self._exchanges: dict[asyncio.Task[None], Answers] = {}
         self._closed = False
@@ -181,10 +182,15 @@ class Dispatcher:
             self._start(endpoint, batch)
 
     def _start(self, endpoint: Endpoint, calls: list[Call]) -> None:
+        answers = Answers(endpoint, calls, self._finish, self._on_lie, is_proven=self._proves(endpoint))
+        if len(answers.missing) < len(calls):  # a call that is repeated beside itself: answers go by its id
+            first = {call.id: call for call in reversed(calls)}
+            self._start(endpoint, list(first.values()))
+            self._start(endpoint, [call for call in calls if first[call.id] is not call])
+            return
         self._started += 1
         self._sent += len(calls)
         self._running += len(calls)
-        answers = Answers(endpoint, calls, self._finish, self._on_lie)
         task = self._loop.create_task(self._run(endpoint, calls, answers))
         self._exchanges[task] = answers
         task.add_done_callback(self._ended)
@@ -194,7 +200,7 @@ class Dispatcher:
 
     async def _run(self, endpoint: Endpoint, calls: list[Call], answers: Answers) -> None:
         try:
-            replies = self._transport.exchange(endpoint, [call.frame for call in calls], answers.inspect)
+            replies = self._transport.exchange(endpoint, [call.frame for call in calls], answers)
             async with contextlib.aclosing(replies):
                 while answers.missing and (frame := await anext(replies, None)) is not None:
                     answers.receive(frame)

@@ -6,9 +6,11 @@ up again only while rows find nobody, for a swarm may change what it serves. Sha
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Collection, Coroutine, Generator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -16,10 +18,12 @@ import torch
 from p2pmoe.client.beam_search import BeamSearch, Found, MaskCache, read_within
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.discovery import Wanted, discover
+from p2pmoe.client.patience import Patience, patiently
 from p2pmoe.client.schema_choice import describe_schema
 from p2pmoe.client.swarm import Swarm
-from p2pmoe.errors import ExpertNotFoundError, P2PMoEError, SchemaError
+from p2pmoe.errors import ExpertNotFoundError, P2PMoEError, PeerUnreachableError, SchemaError
 from p2pmoe.experts.directory import Children
+from p2pmoe.experts.uid import prefix_of
 from p2pmoe.protocol.schema import format_schema
 
 logger = logging.getLogger(__name__)
@@ -32,6 +36,8 @@ MAX_BARREN: Final = 65_536
 LOOK_AGAIN_S: Final = 5.0
 """How often the schema is looked up again at most, while rows find nobody."""
 SAY_AGAIN_S: Final = 60.0
+READ_AGAIN: Final = 64
+"""Prefixes that a waiting pass reads from the network, at a time."""
 
 Reads = Generator[Coroutine[Any, Any, Mapping[str, Children]], Any, Found]
 """A search: yields what is to be run on the swarm's loop."""
@@ -71,6 +77,8 @@ class GridFinder:
         self._barren: dict[tuple[str, str], float] = {}
         """Schema and prefix, and until when it is passed over."""
         self._look_again_at = self._say_again_at = 0.0
+        self.has_served = False
+        """Every row had its experts once: if they are gone, they may be back."""
 
     def __repr__(self) -> str:
         return f"<GridFinder {self._wanted.name}: {'no schema yet' if self.info is None else self.info.schema_digest}>"
@@ -81,10 +89,14 @@ class GridFinder:
         """Find the schema now, whether or not anybody may be missing. Raises as `discover`."""
         self.info = await self._find(None)
 
-    async def find(self, x: torch.Tensor) -> None:
-        """Find the schema for an input [B, …]. Raises as `discover`; nothing where nobody is allowed."""
+    async def find(self, x: torch.Tensor, deadline: float) -> None:
+        """Find the schema for an input [B, …]; see `patience` for how long somebody is waited for.
+
+        Raises as `discover`; nothing where nobody is allowed, and then nobody is waited for either.
+        """
+        fixed = self._allow_nobody or self._swarm.directory.is_fixed
         try:
-            self.info = await self._find(x)
+            self.info = await patiently(lambda again: self._find(x, again=again), deadline, fixed=fixed)
         except (ExpertNotFoundError, SchemaError) as error:
             if not self._allow_nobody:
                 raise
@@ -116,15 +128,17 @@ class GridFinder:
         self._look_again_at = now + LOOK_AGAIN_S
         return True
 
-    async def _find(self, x: torch.Tensor | None) -> ExpertInfo:
-        return await discover(
-            self._swarm,
-            self._wanted,
-            lambda info: self._why_unfit(info, x),
-            self._timeout_s,
-            # Who goes on without anybody looks at every call: one read more each time would be too much.
-            name_others=x is None or not self._allow_nobody,
-        )
+    async def _find(self, x: torch.Tensor | None, *, again: bool = False) -> ExpertInfo:
+        # Who goes on without anybody looks at every call: one read more each time would be too much.
+        name_others = x is None or not self._allow_nobody
+        fits = partial(self._why_unfit, x=x)
+        try:
+            return await discover(
+                self._swarm, self._wanted, fits, self._timeout_s, name_others=name_others, again=again
+            )
+        except ExpertNotFoundError as error:
+            error.may_appear = self.awaits([prefix_of(self._wanted.name, ())])
+            raise
 
     def _why_unfit(self, info: ExpertInfo, x: torch.Tensor | None) -> str | None:
         """What is wrong with a schema for this mixture and, if there is one, this input."""
@@ -151,8 +165,11 @@ class GridFinder:
 
     # -- who is alive
 
-    def search(self, scores: Sequence[torch.Tensor], schema_digest: str) -> Reads:
-        """The best live experts of this schema; `scores` are on the CPU, [B, G] for each dimension."""
+    def search(self, scores: Sequence[torch.Tensor], schema_digest: str, looked: list[str]) -> Reads:
+        """The best live experts of this schema; `scores` are on the CPU, [B, G] for each dimension.
+
+        The prefixes that are looked at are put into `looked`.
+        """
         deadline = time.monotonic() + self._timeout_s
         for attempt in range(_SEARCHES):
             # Wider each time: each search can pass over no more prefixes than the one before has followed.
@@ -160,7 +177,7 @@ class GridFinder:
             search = BeamSearch(
                 scores, self._wanted.name, beam_size, self._masks, schema_digest, self._barren_for(schema_digest)
             )
-            yield from self._follow(search, deadline)
+            yield from self._follow(search, deadline, looked)
             found = search.found(self._k_best)
             # Anybody may announce prefixes with nothing of use below; they must not keep rows from those that have.
             if bool(found.valid.all()) or not (barren := search.barren()):
@@ -169,14 +186,52 @@ class GridFinder:
             self._barren = {**self._barren, **{(schema_digest, prefix): until for prefix in barren}}
         return found
 
-    def _follow(self, search: BeamSearch, deadline: float) -> Generator[Coroutine[Any, Any, Any], Any, None]:
+    def _follow(
+        self, search: BeamSearch, deadline: float, looked: list[str]
+    ) -> Generator[Coroutine[Any, Any, Any], Any, None]:
         directory = self._swarm.directory
         while wanted := search.wanted():
+            looked += wanted
             children = {prefix: directory.cached_prefix(prefix) for prefix in wanted}
             if missing := [prefix for prefix, known in children.items() if known is None]:
                 left_s = max(1e-3, deadline - time.monotonic())
-                children.update((yield read_within(directory, missing, left_s)))
+                children.update((yield self._read(missing, left_s)))
             search.advance({prefix: known or {} for prefix, known in children.items()})
+
+    async def _read(self, prefixes: Sequence[str], budget_s: float) -> Mapping[str, Children]:
+        try:
+            return await read_within(self._swarm.directory, prefixes, budget_s)
+        except PeerUnreachableError:
+            if not self.has_served:
+                raise
+            return {}  # the DHT is not there now; the pass waits for it as for any other peer
+
+    # -- waiting for those who are not
+
+    def awaits(self, looked: Sequence[str]) -> bool:
+        """Whether experts that could fill rows were there before, or are left out for a while only."""
+        if self.has_served:
+            return True
+        directory, verdict = self._swarm.directory, self._swarm.trust.standing.verdict
+        for prefix in looked[:READ_AGAIN]:
+            shown = directory.cached_prefix(prefix) or {}
+            for child, providers in directory.announced(prefix).items():
+                uid = f"{prefix}{child}"
+                if child not in shown and any(verdict(each.peer_id, uid) != "shunned" for each in providers):
+                    return True
+        return False
+
+    async def read_again(self, prefixes: Sequence[str], pause_s: float, patience: Patience) -> None:
+        """See who is announced a little later. On the swarm's loop."""
+        prefixes = list(dict.fromkeys(prefixes))[:READ_AGAIN]
+        try:
+            async with asyncio.timeout(max(1e-3, patience.left_s())):
+                await asyncio.sleep(pause_s)
+                await self._swarm.directory.read_again(prefixes)
+        except (P2PMoEError, TimeoutError):
+            pass  # what is known is looked at again
+        read = frozenset(prefixes)
+        self._barren = {key: until for key, until in self._barren.items() if key[1] not in read}
 
     def _barren_for(self, schema_digest: str) -> Collection[str]:
         if not self._barren:

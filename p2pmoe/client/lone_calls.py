@@ -17,7 +17,7 @@ from p2pmoe.client.answers import Answers
 from p2pmoe.client.calls import Call, CallGroup
 from p2pmoe.errors import DecodeError, P2PMoEError
 from p2pmoe.faults import unexpected
-from p2pmoe.rpc.base import BlockingTransport, Flat
+from p2pmoe.rpc.base import BlockingTransport, Flat, proving
 from p2pmoe.rpc.deadline import Deadline
 from p2pmoe.types import PeerId
 
@@ -35,6 +35,7 @@ class LoneCalls:
     def __init__(self, transport: BlockingTransport, on_lie: Callable[[PeerId, DecodeError], None]) -> None:
         self._transport = transport
         self._on_lie = on_lie
+        self._proves = proving(transport)
         self._lock = threading.Lock()
         self.running = 0
         """Threads that are at it."""
@@ -67,9 +68,9 @@ class LoneCalls:
                 deadline.bring_forward(grace_s)
 
         endpoint, frames = group.calls[0].endpoint, [call.frame for call in group.calls]
-        answers = Answers(endpoint, group.calls, finish, self._on_lie)
+        answers = Answers(endpoint, group.calls, finish, self._on_lie, is_proven=self._proves(endpoint))
         try:
-            replies = self._transport.try_exchange(endpoint, frames, answers.inspect, deadline)
+            replies = self._transport.try_exchange(endpoint, frames, answers, deadline)
             if replies is None:
                 return False
             with self._lock:

@@ -26,6 +26,7 @@ from p2pmoe.client.graph import always_differentiable
 from p2pmoe.client.grid_finder import GridFinder
 from p2pmoe.client.manner import manner_of
 from p2pmoe.client.mixture_pass import MixtureOptions, MixturePasses, Route
+from p2pmoe.client.patience import Patience, may_pass
 from p2pmoe.client.routing import route
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import P2PMoEError, SchemaError
@@ -38,7 +39,8 @@ from p2pmoe.rpc.base import Flat
 from p2pmoe.types import Manner
 
 T = TypeVar("T")
-_ATTEMPTS = 3  # searches for one forward pass, each without the peers that were silent before
+_ATTEMPTS = 3  # searches for one forward pass, each without the peers that were silent before, until it waits for them
+_SLACK_S = 1.0  # coroutines of a pass end with it by themselves, and say why
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,23 @@ class Batch:
     gating_input: torch.Tensor
     lead: tuple[int, ...]
     dtype: torch.dtype | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """What came of asking the experts that one search had found, for inputs sorted by expert.
+
+    alive: bool [B, K]; short: rows with too few answers; reasons: errors of this asking, or else of the one before.
+    """
+
+    found: Found
+    way: Route
+    inputs: Flat
+    results: list[Flat | P2PMoEError]
+    alive: torch.Tensor
+    short: list[int]
+    errors: list[P2PMoEError]
+    reasons: list[P2PMoEError]
 
 
 Step = CallGroup | Coroutine[Any, Any, Any]
@@ -200,7 +219,7 @@ class RemoteMixtureOfExperts(nn.Module):
             if isinstance(step, CallGroup):
                 await self.swarm.call_async(step, left_s)
             else:
-                answer = await self.swarm.run_async(step, left_s)
+                answer = await self.swarm.run_async(step, left_s + _SLACK_S)
 
     def _forward(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._drive(self._forward_steps(x, args, kwargs), self.options.forward_timeout_s)
@@ -217,7 +236,7 @@ class RemoteMixtureOfExperts(nn.Module):
             if isinstance(step, CallGroup):
                 self.swarm.call(step, left_s)
             else:
-                answer = self.swarm.run(step, left_s)
+                answer = self.swarm.run(step, left_s + _SLACK_S)
 
     # -- forward
 
@@ -226,47 +245,88 @@ class RemoteMixtureOfExperts(nn.Module):
         refuse_tracing(f"a mixture of {self.uid_prefix}")
         self._check_input(x)
         if self._finder.info is None:
-            yield self._finder.find(x)
+            yield self._finder.find(x, deadline)
         if (info := self._finder.info) is None:  # nobody is there, and zeros are allowed
             rows = x.reshape(-1, self.in_features)
             return self._nothing(rows, self._scores(rows), [torch.zeros_like(x)], None)
         batch = self._prepare(info, x, args, kwargs)
         scores, manner = self._scores(batch.gating_input), manner_of(self)
         if not len(batch.gating_input):
-            free = largest_free(info.inputs, [each.shape for each in batch.inputs])
-            empty = [
-                proto.make_zeros(0, x.device, free=free).view(*batch.lead, *proto.sized(free)) for proto in info.outputs
-            ]
-            zeros = give_back(empty, batch.dtype)
-            return self._nothing(batch.inputs[0], scores, zeros, batch.info.outputs_schema)
-        for attempt in range(_ATTEMPTS):
-            found = yield from self._search(scores, batch.info)
+            return self._nothing(batch.inputs[0], scores, self._no_rows(batch, x.device), info.outputs_schema)
+        batch, scores, answers = yield from self._answers(batch, scores, manner, (x, args, kwargs), deadline)
+        return self._mix_answers(batch, scores, answers, x.device)
+
+    def _answers(
+        self,
+        batch: Batch,
+        scores: Sequence[torch.Tensor],
+        manner: Manner,
+        call: tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]],
+        deadline: float,
+    ) -> Steps[tuple[Batch, Sequence[torch.Tensor], _Answers]]:
+        """Search and ask until every row has its answers; see `patience` for how long experts are waited for.
+
+        Gives the batch and its scores too, which are others where the swarm has changed its schema.
+        """
+        patience, attempt, waiting, passing = Patience(deadline), 0, False, False
+        answers: _Answers | None = None
+        while True:
+            found, looked = yield from self._search(scores, batch.info)
             if self._finder.should_look_again(found):
-                yield self._finder.look_again(x)
+                yield self._finder.look_again(call[0])
                 if (info := self._finder.info) is not None and info.schema_digest != batch.info.schema_digest:
-                    batch = self._prepare(info, x, args, kwargs)
+                    batch = self._prepare(info, *call)
                     scores = self._scores(batch.gating_input)
-                    found = yield from self._search(scores, info)
-            way = self._route(batch.info, found, manner)
-            sorted_inputs = tuple(
-                tensor.index_select(0, way.routing.rows_P.to(tensor.device)) for tensor in batch.inputs
-            )
-            group, sent = self._passes.forward_group(way, sorted_inputs, found.valid, _left(deadline))
-            if sent:
-                yield group
-            results = self._passes.collect(way, group, sent, self.options.forward_timeout_s, sorted_inputs)
-            self._passes.offer(way, sent, sorted_inputs, results)
-            alive = self._passes.alive(way, results, found.valid)
-            short = self._passes.short_rows(alive)
-            if not short:
-                break
-            # A peer that did not answer is left out of the next search, so other experts may step in.
-            lost = any(isinstance(result, P2PMoEError) for result in results)
-            if attempt + 1 == _ATTEMPTS or not lost or time.monotonic() >= deadline:
-                raise self._passes.unavailable("forward", short, results)
-        outputs = self._passes.attach(way, results, sorted_inputs)
-        weights = self._weights(scores, found.coordinates.to(x.device), alive.to(x.device))
-        return self._finish(self._mix(batch, way, outputs, weights), scores, found.coordinates.to(x.device))
+                    found, looked = yield from self._search(scores, info)
+            errors: list[P2PMoEError] = []
+            if answers is None or not waiting or self._passes.can_fill(found.valid):  # else nobody is back yet
+                attempt += 1
+                answers = yield from self._ask(batch, found, manner, deadline, answers)
+                if not answers.short:
+                    break
+                errors = answers.errors
+                passing = any(may_pass(error) for error in errors) or (passing and not errors)
+                if errors and attempt < _ATTEMPTS and patience.left_s():
+                    continue  # a peer that did not answer is left out of the next search: others may step in
+            waiting = passing or (not errors and self._finder.awaits(looked))
+            pause_s = patience.next_pause_s() if waiting and not self.swarm.directory.is_fixed else None
+            if pause_s is None:
+                raise self._passes.unavailable("forward", answers.short, answers.reasons)
+            yield self._finder.read_again(looked, pause_s, patience)
+        self._finder.has_served = True
+        return batch, scores, answers
+
+    @staticmethod
+    def _no_rows(batch: Batch, device: torch.device) -> Sequence[torch.Tensor]:
+        """The outputs for an input without rows."""
+        info = batch.info
+        free = largest_free(info.inputs, [each.shape for each in batch.inputs])
+        empty = [proto.make_zeros(0, device, free=free).view(*batch.lead, *proto.sized(free)) for proto in info.outputs]
+        return give_back(empty, batch.dtype)
+
+    def _ask(
+        self, batch: Batch, found: Found, manner: Manner, deadline: float, before: _Answers | None
+    ) -> Steps[_Answers]:
+        """Call the experts that were found."""
+        way = self._route(batch.info, found, manner)
+        inputs = tuple(tensor.index_select(0, way.routing.rows_P.to(tensor.device)) for tensor in batch.inputs)
+        group, sent = self._passes.forward_group(way, inputs, found.valid, _left(deadline))
+        if sent:
+            yield group
+        results = self._passes.collect(way, group, sent, self.options.forward_timeout_s, inputs)
+        self._passes.offer(way, sent, inputs, results)
+        alive = self._passes.alive(way, results, found.valid)
+        errors = [result for result in results if isinstance(result, P2PMoEError)]
+        reasons = errors or (before.reasons if before else [])
+        return _Answers(found, way, inputs, results, alive, self._passes.short_rows(alive), errors, reasons)
+
+    def _mix_answers(
+        self, batch: Batch, scores: Sequence[torch.Tensor], answers: _Answers, device: torch.device
+    ) -> Any:
+        outputs = self._passes.attach(answers.way, answers.results, answers.inputs)
+        coordinates = answers.found.coordinates.to(device)
+        weights = self._weights(scores, coordinates, answers.alive.to(device))
+        return self._finish(self._mix(batch, answers.way, outputs, weights), scores, coordinates)
 
     # What RemoteSwitchMixtureOfExperts does differently:
 
@@ -335,14 +395,20 @@ class RemoteMixtureOfExperts(nn.Module):
             flat = flat.to(torch.float32)
         return flat.mean(1) if flat.shape[1] else flat.sum(1)
 
-    def _search(self, scores: Sequence[torch.Tensor], info: ExpertInfo) -> Steps[Found]:
+    def _search(self, scores: Sequence[torch.Tensor], info: ExpertInfo) -> Steps[tuple[Found, list[str]]]:
+        """The best experts that are alive, and the prefixes that were looked at for them."""
         cpu_scores = [score.detach().to("cpu") for score in scores]
-        return (yield from self._finder.search(cpu_scores, info.schema_digest))
+        looked: list[str] = []
+        found = yield from self._finder.search(cpu_scores, info.schema_digest, looked)
+        return found, looked
 
     def _route(self, info: ExpertInfo, found: Found, manner: Manner) -> Route:
         routing = route(found.coordinates, found.valid, self.grid_size)
         order = self.swarm.trust.order
-        candidates = [order(found.providers(self.uid_prefix, expert)) for expert in routing.experts]
+        candidates = [
+            order(found.providers(self.uid_prefix, expert), prefix_of(self.uid_prefix, expert)[:-1])
+            for expert in routing.experts
+        ]
         providers = [
             next((each for each in among if each.schema_digest == info.schema_digest), None) for among in candidates
         ]

@@ -6,6 +6,8 @@ row, P (row, expert) pairs, O output features.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +21,12 @@ from p2pmoe.client.calls import Call, CallGroup, make_call
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.graph import always_differentiable, explain, input_gradients, keep_for_backward
 from p2pmoe.client.manner import for_expert
+from p2pmoe.client.patience import Patience, may_pass
 from p2pmoe.client.replies import check_finite
 from p2pmoe.client.routing import Routing
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import (
+    DecodeError,
     ExpertFailedError,
     ExpertNotFoundError,
     ExpertsUnavailableError,
@@ -107,18 +111,21 @@ class MixturePasses:
             for index, result in zip(sent, answers, strict=True)
             if (provider := way.providers[index]) is not None and not isinstance(result, P2PMoEError)
         }
-        lied = set[PeerId]()
+        noted = set[tuple[PeerId, type]]()
+        broken: dict[Provider, list[tuple[str, DecodeError]]] = {}
         for index, call, result in zip(sent, group.calls, answers, strict=True):
             checked = results[index] = self._checked(way, index, call, result, tensors)
             provider = way.providers[index]
             if not isinstance(checked, P2PMoEError) or provider is None:
                 continue
+            if isinstance(checked, DecodeError):
+                broken.setdefault(provider, []).append((way.uids[index], checked))
             # One slow expert is no reason to leave out a peer that has answered for others.
-            silent = provider.peer_id not in alive
-            # A pass is one piece of evidence, however many experts of a node are broken.
-            if silent or (isinstance(checked, NonFiniteReplyError) and provider.peer_id not in lied):
-                self._swarm.note_failure(provider, checked)
-                lied.add(provider.peer_id)
+            elif provider.peer_id not in alive and (provider.peer_id, type(checked)) not in noted:
+                noted.add((provider.peer_id, type(checked)))
+                self._swarm.note_failure(provider, checked, way.uids[index])
+        for provider, replies in broken.items():
+            self._note_broken(provider, replies)
         if any(proto.is_free for proto in way.info.outputs) and group.calls and group.calls[0].exact is None:
             _leave_out_other_sizes(way, results)
         return results
@@ -143,6 +150,10 @@ class MixturePasses:
             if not isinstance(result, P2PMoEError):
                 alive[way.routing.rows_P[start:end], way.routing.slots_P[start:end]] = True
         return alive
+
+    def can_fill(self, valid: torch.Tensor) -> bool:
+        """Whether every row has found as many experts as must answer, of bool [B, K]."""
+        return bool((valid.sum(1) >= max(1, self._options.k_min)).all())
 
     def short_rows(self, alive: torch.Tensor) -> list[int]:
         """Rows with fewer answers than they need, of bool [B, K]."""
@@ -182,28 +193,94 @@ class MixturePasses:
         return attached
 
     def backward(self, way: Route, answered: list[int], inputs: Flat, gradients: Flat) -> Flat:
-        """Gradients [P, …] of every input; trains each expert that answered. Zeros where nobody did."""
-        info, timeout_s = way.info, self._options.backward_timeout_s
-        calls = [
-            self._call(
-                way, index, "backward", (*inputs, *gradients), info.inputs + info.outputs, info.inputs, timeout_s
-            )
-            for index in answered
-        ]
+        """Gradients [P, …] of every input; trains each expert that answered. Zeros where nobody did.
+
+        Experts that rows cannot do without are asked again, each under the id that its call had, while there is time:
+        their node may be back at another address.
+        """
+        info, patience = way.info, Patience(time.monotonic() + self._options.backward_timeout_s)
         needed = np.minimum(_count_rows(way, answered), self._options.backward_k_min)
-        enough = _Enough(way, answered, needed)
-        group = CallGroup(calls, enough=enough, grace_s=self._options.timeout_after_k_min_s)
-        if calls:
-            self._swarm.call(group, timeout_s)
-        results = self.collect(way, group, answered, timeout_s, (*inputs, *gradients))
-        trained = [index for index in answered if not isinstance(results[index], P2PMoEError)]
-        short: list[int] = np.flatnonzero(_count_rows(way, trained) < needed).tolist()
-        if short:
-            raise self.unavailable("backward", short, [results[index] for index in answered], gradients)
-        sizes = [each.shape[1:] for each in inputs]
-        return _join(results, way.routing.bounds, info.inputs, sizes, inputs[0].device)
+        results: list[Flat | P2PMoEError] = [ExpertNotFoundError(f"nobody hosts {uid}") for uid in way.uids]
+        ids: dict[int, str] = {}
+        asked = answered
+        while True:
+            left_s = max(1e-3, patience.left_s())
+            calls = [
+                self._call(
+                    way,
+                    index,
+                    "backward",
+                    (*inputs, *gradients),
+                    info.inputs + info.outputs,
+                    info.inputs,
+                    left_s,
+                    ids.get(index),
+                )
+                for index in asked
+            ]
+            ids.update(zip(asked, (call.id for call in calls), strict=True))
+            missing = needed - _count_rows(way, _succeeded(answered, results))
+            group = CallGroup(calls, enough=_Enough(way, asked, missing), grace_s=self._options.timeout_after_k_min_s)
+            if calls:
+                self._swarm.call(group, left_s)
+            collected = self.collect(way, group, asked, left_s, (*inputs, *gradients))
+            for index in asked:
+                results[index] = collected[index]
+            trained = _succeeded(answered, results)
+            short: list[int] = np.flatnonzero(_count_rows(way, trained) < needed).tolist()
+            if not short:
+                sizes = [each.shape[1:] for each in inputs]
+                return _join(results, way.routing.bounds, info.inputs, sizes, inputs[0].device)
+            failed = [index for index in answered if isinstance(results[index], P2PMoEError)]
+            asked = self._return_of(way, failed, [results[index] for index in failed], patience)
+            if not asked:
+                raise self.unavailable("backward", short, [results[index] for index in answered], gradients)
+
+    def _return_of(
+        self, way: Route, failed: list[int], errors: list[Flat | P2PMoEError], patience: Patience
+    ) -> list[int]:
+        """Those of the experts that failed for reasons that may pass whom somebody announces (again); waits for one.
+
+        Their providers are put into the route. Empty when the time is up, or there is nobody to wait for.
+        """
+        passing = [index for index, error in zip(failed, errors, strict=True) if may_pass(error)]
+        while passing and not self._swarm.directory.is_fixed:
+            pause_s = patience.next_pause_s()
+            if pause_s is None:
+                break
+            found = self._swarm.run(self._find_again(way, passing, pause_s, patience), patience.left_s() + 1.0)
+            for index, provider in found.items():
+                way.providers[index] = provider
+            if found:
+                return list(found)
+        return []
+
+    async def _find_again(
+        self, way: Route, experts: list[int], pause_s: float, patience: Patience
+    ) -> dict[int, Provider]:
+        """Who hosts these experts by fresh records. On the swarm's loop."""
+        await asyncio.sleep(pause_s)
+        found: dict[int, Provider] = {}
+        try:
+            async with asyncio.timeout(max(1e-3, patience.left_s())):
+                for index in experts:
+                    providers = await self._swarm.directory.find_providers(way.uids[index], again=True)
+                    for each in self._swarm.trust.order(providers, way.uids[index]):
+                        if each.schema_digest == way.info.schema_digest:
+                            found.setdefault(index, each)
+        except (P2PMoEError, TimeoutError):
+            pass  # the DHT is not there now; what was found is
+        return found
 
     # -- private
+
+    def _note_broken(self, provider: Provider, replies: list[tuple[str, DecodeError]]) -> None:
+        """A pass is one piece of evidence of each kind, however many experts of a node are broken."""
+        numbers = [each for each in replies if isinstance(each[1], NonFiniteReplyError) and each[1].is_evidence]
+        forms = [each for each in replies if not isinstance(each[1], NonFiniteReplyError)]
+        for some in (numbers, forms):
+            if some:
+                self._swarm.note_failure(provider, some[0][1], *(uid for uid, _ in some))
 
     def _call(
         self,
@@ -214,6 +291,7 @@ class MixturePasses:
         protos: tuple[BatchTensorProto, ...],
         expected: tuple[BatchTensorProto, ...],
         timeout_s: float,
+        call_id: str | None = None,
     ) -> Call:
         provider = way.providers[index]
         assert provider is not None
@@ -227,6 +305,7 @@ class MixturePasses:
             protos,
             expected,
             timeout_s=timeout_s,
+            call_id=call_id,
             peer_id=provider.peer_id,
             manner=for_expert(way.manner, index),
         )
@@ -286,6 +365,10 @@ class _Enough:
     def __call__(self, position: int) -> bool:
         self._missing[self._rows[position]] -= 1
         return not bool((self._missing > 0).any())
+
+
+def _succeeded(experts: Sequence[int], results: Sequence[Flat | P2PMoEError]) -> list[int]:
+    return [index for index in experts if not isinstance(results[index], P2PMoEError)]
 
 
 def _count_rows(way: Route, experts: Sequence[int]) -> Counts:

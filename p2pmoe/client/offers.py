@@ -16,8 +16,10 @@ MAX_PREFIXES: Final = 64
 """Of each length that are read; those that most networks announce come first."""
 
 
-async def read_offers(directory: Directory, name: str, timeout_s: float) -> list[Offer]:
+async def read_offers(directory: Directory, name: str, timeout_s: float, *, again: bool = False) -> list[Offer]:
     """Every offer below a name, of any number of coordinates; at most 64 prefixes of each length are read.
+
+    `again` reads from the network, whatever is cached.
 
     Raises as `Directory.get_prefixes`. What does not come in time is left out.
     """
@@ -28,7 +30,7 @@ async def read_offers(directory: Directory, name: str, timeout_s: float) -> list
         if not level:
             break
         prefixes = {prefix_of(name, start): start for start in level}
-        found = await read_within(directory, list(prefixes), max(1e-3, deadline - time.monotonic()))
+        found = await read_within(directory, list(prefixes), max(1e-3, deadline - time.monotonic()), again=again)
         below: list[tuple[int, tuple[int, ...]]] = []
         for prefix, start in prefixes.items():
             children = found.get(prefix, {})

@@ -21,6 +21,7 @@ from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.graph import always_differentiable, input_gradients, keep_for_backward
 from p2pmoe.client.manner import manner_of
 from p2pmoe.client.offers import read_offers
+from p2pmoe.client.patience import Patience, may_pass, patiently
 from p2pmoe.client.replies import check_finite, check_finite_async
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import (
@@ -101,7 +102,8 @@ class RemoteExpert(nn.Module):
     Args:
         swarm: the swarm to call through.
         uid: e.g. "ffn.3.17".
-        forward_timeout_s, backward_timeout_s: how long one pass may take, other providers included.
+        forward_timeout_s, backward_timeout_s: how long one pass may take, other providers included. So long a provider
+            is waited for when all are silent: a node that was killed may be back, at another address.
         skip_non_finite: a backward pass whose gradients hold NaN or infinity sends nothing and gives NaN for every
             input, as a `torch.amp.GradScaler` needs; without it such a pass raises.
         schema_digest: the schema that is meant; without it, where several are announced, the one that has most weight
@@ -146,7 +148,7 @@ class RemoteExpert(nn.Module):
     def info(self) -> ExpertInfo:
         """The expert's schemas, asked from a provider on first use."""
         if self._info is None:
-            self._info = self.swarm.run(self._fetch_info())
+            self._info = self._wait_for_info(self.swarm.timeout_s)
         return self._info
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +160,8 @@ class RemoteExpert(nn.Module):
         refuse_tracing(self.uid)
         as_begun = mode_of_now()
         if self._info is None:
-            self._info = await self.swarm.run_async(self._fetch_info())
+            timeout_s = self.forward_timeout_s
+            self._info = await self.swarm.run_async(self._fetch_info(timeout_s), timeout_s + 1)
         info = self._info
         with as_begun():
             tensors, dtype = check_arguments(self.uid, info, args, kwargs)
@@ -189,14 +192,27 @@ class RemoteExpert(nn.Module):
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse_tracing(self.uid)
-        info = self.info
+        timeout_s = self.forward_timeout_s
+        if self._info is None:
+            started = time.monotonic()
+            self._info = self._wait_for_info(timeout_s)
+            timeout_s = max(1e-3, timeout_s - (time.monotonic() - started))
+        info = self._info
         tensors, dtype = check_arguments(self.uid, info, args, kwargs)
         request = self._forward_request(info, tensors)
-        outputs = self._call(request, self.forward_timeout_s)
+        outputs = self._call(request, timeout_s)
         return info.pack_outputs(give_back(self._attach(outputs, request), dtype))
 
-    async def _fetch_info(self) -> ExpertInfo:
-        providers = await self.swarm.find_providers(self.uid)
+    def _wait_for_info(self, timeout_s: float) -> ExpertInfo:
+        return self.swarm.run(self._fetch_info(timeout_s), timeout_s + 1)
+
+    async def _fetch_info(self, timeout_s: float) -> ExpertInfo:
+        """From a provider; see `patience` for how long one is waited for. On the swarm's loop."""
+        deadline = time.monotonic() + timeout_s
+        return await patiently(self._ask_info, deadline, fixed=self.swarm.directory.is_fixed)
+
+    async def _ask_info(self, again: bool) -> ExpertInfo:
+        providers = await self.swarm.find_providers(self.uid, again=again)
         there = {each.schema_digest for each in providers}
         if self._schema_digest is not None:
             if self._schema_digest not in there:
@@ -243,10 +259,10 @@ class RemoteExpert(nn.Module):
             return result
         left_s = timeout_s - (time.monotonic() - started)
         if not isinstance(result, _TRY_ANOTHER) or left_s <= 0:
-            self.swarm.note_failure(provider, result)
+            self.swarm.note_failure(provider, result, self.uid)
             raise result
         if not isinstance(result, PeerUnreachableError):  # else it is asked once more
-            self.swarm.note_failure(provider, result)
+            self.swarm.note_failure(provider, result, self.uid)
         return self.swarm.run(self._call_providers(request, left_s, _Failed(provider, result)), left_s + 1)
 
     async def _call_async(self, request: _Request, timeout_s: float) -> Flat:
@@ -258,18 +274,20 @@ class RemoteExpert(nn.Module):
         """Ask one provider after the other until one answers or the time is up. On the swarm's loop.
 
         A provider whose connection broke is asked twice, `failed` counting as the first time; one that has applied
-        this backward already repeats its answer.
+        this backward already repeats its answer. When all have failed for reasons that may pass the records are read
+        again, until the time is up; see `patience`.
         """
-        deadline = time.monotonic() + timeout_s
+        patience, again = Patience(time.monotonic() + timeout_s), False
         last = failed.error if failed else None
         asked_again = set[Provider]()
         lied = {failed.provider} if failed and isinstance(last, DecodeError) else set[Provider]()
         to_ask = deque([failed.provider] if failed and isinstance(last, PeerUnreachableError) else [])
         asked_again.update(to_ask)
         while True:
-            found = await self._find_providers(last)
+            found, reason = await self._look_up(patience.left_s(), again=again)
+            last = last or reason
             to_ask.extend(each for each in found if each not in to_ask and each not in lied)
-            while to_ask and (left_s := deadline - time.monotonic()) > 0:
+            while to_ask and (left_s := patience.left_s()) > 0:
                 provider = to_ask.popleft()
                 result = await self._ask(request, provider, left_s)
                 if not isinstance(result, P2PMoEError):
@@ -282,13 +300,48 @@ class RemoteExpert(nn.Module):
                     asked_again.add(provider)
                     to_ask.appendleft(provider)
                     continue
-                self.swarm.note_failure(provider, result)
+                self.swarm.note_failure(provider, result, self.uid)
                 if not isinstance(result, _TRY_ANOTHER):
                     raise result
-            pause_s = max(_PAUSE_S, getattr(last, "retry_after_s", None) or 0.0)
-            if time.monotonic() + pause_s >= deadline or not isinstance(last, OverloadedError):
+            pause_s = self._pause_s(patience, last, reason, again=again)
+            if pause_s is None:
                 raise last or DeadlineError(f"{self.uid} did not answer within {timeout_s:.3g} s")
             await asyncio.sleep(pause_s)
+            again = True
+
+    def _pause_s(
+        self, patience: Patience, last: P2PMoEError | None, reason: P2PMoEError | None, *, again: bool
+    ) -> float | None:
+        """How long to wait before the next round, `reason` being why this one found nobody; None: give up."""
+        if isinstance(last, OverloadedError):
+            return patience.next_pause_s(max(_PAUSE_S, last.retry_after_s or 0.0))
+        # What is cached may be older than what all providers announce now, or than our own evidence.
+        unread = not again and isinstance(reason, ExpertNotFoundError)
+        if self.swarm.directory.is_fixed or not (unread or may_pass(last)):
+            return None
+        return patience.next_pause_s()
+
+    async def _look_up(self, timeout_s: float, *, again: bool) -> tuple[tuple[Provider, ...], P2PMoEError | None]:
+        """Who hosts the schema that calls are made by, or why nobody is known."""
+        try:
+            async with asyncio.timeout(max(1e-3, timeout_s)):
+                found = await self.swarm.find_providers(self.uid, again=again)
+        except TimeoutError as error:
+            return (), error if isinstance(error, P2PMoEError) else None
+        except (ExpertNotFoundError, PeerUnreachableError) as error:
+            if isinstance(error, ExpertNotFoundError) and not self._is_announced():
+                error.may_appear = True  # it was there, for its schema is known
+            return (), error
+        fitting = self._fitting(found)
+        if fitting:
+            return fitting, None
+        return (), ExpertNotFoundError(
+            f"{self.uid} is hosted with another schema than before by all {len(found)} providers; make this module "
+            f"anew with swarm.expert({self.uid!r})"
+        )
+
+    def _is_announced(self) -> bool:
+        return self._suffix in self.swarm.directory.announced(self._prefix)
 
     async def _ask(self, request: _Request, provider: Provider, timeout_s: float) -> Flat | P2PMoEError:
         """One provider's answer, looked at."""
@@ -303,21 +356,6 @@ class RemoteExpert(nn.Module):
         """Whether nobody has looked yet if the answer is finite."""
         return self.swarm.check_finite and not isinstance(result, P2PMoEError) and not group.calls[0].is_finite
 
-    async def _find_providers(self, last: P2PMoEError | None) -> tuple[Provider, ...]:
-        try:
-            found = await self.swarm.find_providers(self.uid)
-        except ExpertNotFoundError:
-            if last is None:
-                raise
-            return ()  # the error that took the last provider out says more
-        fitting = self._fitting(found)
-        if not fitting and last is None:
-            raise ExpertNotFoundError(
-                f"{self.uid} is hosted with another schema than before by all {len(found)} providers; make this module "
-                f"anew with swarm.expert({self.uid!r})"
-            )
-        return fitting
-
     def _fitting(self, providers: tuple[Provider, ...]) -> tuple[Provider, ...]:
         """Those that host the schema which calls are made by."""
         assert self._info is not None
@@ -326,7 +364,7 @@ class RemoteExpert(nn.Module):
 
     def _cached_provider(self) -> Provider | None:
         children = self.swarm.directory.cached_prefix(self._prefix)
-        providers = self._fitting(self.swarm.trust.order(children.get(self._suffix, ()))) if children else ()
+        providers = self._fitting(self.swarm.trust.order(children.get(self._suffix, ()), self.uid)) if children else ()
         return providers[0] if providers else None
 
     def _at(self, provider: Provider) -> str:

@@ -3,13 +3,15 @@
 Rules:
 1. Evidence adds up to a score, which halves every `HALF_LIFE_S`. From `LAST_AT` on a peer is asked last, from `SHUN_AT`
    on not at all for `SHUN_S`, twice as long each time that it comes to that again.
-2. A reply that breaks the wire format or the schema, or that nobody asked for, is proof: no honest node sends one.
-   So is the answer that two others contradict. Non-finite numbers count half: an expert may have diverged.
+2. A reply that no honest node sends, from whoever is proven to have sent it, is proof (`broken_reply`; answers.py says
+   which ones). So is the answer that two others contradict. Non-finite numbers count half: an expert may have diverged.
 3. Of two peers that contradict each other nobody knows which one lies. Both lose a little, once for each opponent
    however often they meet: an honest peer beside one liar stays good, a liar beside many honest ones sinks.
 4. Contradictions alone never shun: providers that were trained apart contradict each other and are honest.
 5. Honest answers buy nothing back, only time does: otherwise a liar would lie every tenth time.
-6. The table is bounded; the peers with the least evidence are forgotten first, so that new names push out no proof.
+6. What may be one expert's fault, or the way's, is held against that expert of that peer: a score of its own, by the
+   same numbers. It is asked last, then left out, and the peer's other experts are asked as before.
+7. The tables are bounded; the peers with the least evidence are forgotten first, so that new names push out no proof.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from __future__ import annotations
 import heapq
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from p2pmoe import forks
 from p2pmoe.experts.directory import Provider
@@ -40,8 +42,11 @@ HALF_LIFE_S: Final = 600.0
 SHUN_S: Final = 60.0
 MAX_SHUN_S: Final = 3600.0
 MAX_PEERS: Final = 4096
+MAX_EXPERTS: Final = 16_384
 MAX_OPPONENTS: Final = 16
 _FORGOTTEN_BELOW: Final = 0.05
+_SEVERITY: Final[dict[Verdict, int]] = {"good": 0, "last": 1, "shunned": 2}
+K = TypeVar("K")
 
 
 @dataclass(slots=True)
@@ -53,17 +58,23 @@ class _Entry:
     counts: dict[str, int] = field(default_factory=dict)
     opponents: dict[PeerId, float] = field(default_factory=dict)
     """Who contradicted it, and when last."""
+    worst: _Entry | None = None
+    """Of a peer: the expert against which most is held, as far as is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeerStanding:
-    """What is held against one peer. `counts` by kind of evidence; `shunned_for_s` is 0 unless it is shunned."""
+    """What is held against one peer. `counts` by kind of evidence; `shunned_for_s` is 0 unless it is shunned.
+
+    `experts`: those of it that are not asked, and for how many seconds.
+    """
 
     peer_id: PeerId
     verdict: Verdict
     score: float
     shunned_for_s: float
     counts: dict[str, int]
+    experts: dict[str, float] = field(default_factory=dict)
 
 
 class Standing:
@@ -74,6 +85,7 @@ class Standing:
         self._lock = threading.Lock()
         forks.tell(self)
         self._entries: dict[PeerId, _Entry] = {}
+        self._experts: dict[tuple[PeerId, str], _Entry] = {}
 
     def __repr__(self) -> str:
         shunned = sum(each.verdict == "shunned" for each in self.snapshot())
@@ -85,21 +97,35 @@ class Standing:
 
     # -- asking
 
-    def verdict(self, peer_id: PeerId) -> Verdict:
-        """How a peer is to be treated now."""
-        entry = self._entries.get(peer_id)
-        return "good" if entry is None else _verdict(entry, self._clock())
+    def verdict(self, peer_id: PeerId, uid: str | None = None) -> Verdict:
+        """How a peer is to be treated now when it is asked for an expert.
 
-    def shunned_for_s(self, peer_id: PeerId) -> float:
-        """Seconds until a shunned peer may be asked again; 0 for all others."""
+        Without a uid the peer itself: "last" also when something is held against any of its experts.
+        """
         entry = self._entries.get(peer_id)
-        return 0.0 if entry is None else max(0.0, entry.shunned_until - self._clock())
+        if entry is None:
+            return "good"
+        now = self._clock()
+        verdict = _verdict(entry, now)
+        expert = entry.worst if uid is None else self._experts.get((peer_id, uid))
+        if expert is None or verdict == "shunned":
+            return verdict
+        of_expert = _verdict(expert, now)
+        if uid is None and of_expert == "shunned":
+            of_expert = "last"
+        return max(verdict, of_expert, key=_SEVERITY.__getitem__)
 
-    def order(self, providers: tuple[Provider, ...]) -> tuple[Provider, ...]:
+    def shunned_for_s(self, peer_id: PeerId, uid: str | None = None) -> float:
+        """Seconds until a shunned peer may be asked again; 0 for all others. With a uid: for that expert."""
+        now = self._clock()
+        entries = [self._entries.get(peer_id), None if uid is None else self._experts.get((peer_id, uid))]
+        return max((max(0.0, entry.shunned_until - now) for entry in entries if entry is not None), default=0.0)
+
+    def order(self, providers: tuple[Provider, ...], uid: str | None = None) -> tuple[Provider, ...]:
         """The good ones, then those to be asked last, each in the order given; shunned ones are left out."""
         if not self._entries:
             return providers
-        verdicts = [self.verdict(provider.peer_id) for provider in providers]
+        verdicts = [self.verdict(provider.peer_id, uid) for provider in providers]
         return tuple(
             provider
             for wanted in ("good", "last")
@@ -111,13 +137,18 @@ class Standing:
         """Everybody against whom there is evidence, worst first."""
         with self._lock:
             now = self._clock()
+            experts: dict[PeerId, dict[str, float]] = {}
+            for (peer_id, uid), entry in self._experts.items():
+                if entry.shunned_until > now:
+                    experts.setdefault(peer_id, {})[uid] = entry.shunned_until - now
             known = [
                 PeerStanding(
                     peer_id,
-                    _verdict(entry, now),
+                    self.verdict(peer_id),
                     _total(entry, now),
                     max(0.0, entry.shunned_until - now),
                     dict(entry.counts),
+                    experts.get(peer_id, {}),
                 )
                 for peer_id, entry in self._entries.items()
             ]
@@ -129,10 +160,29 @@ class Standing:
         """A peer lied. The verdict from now on."""
         with self._lock:
             now = self._clock()
-            entry = self._entry(peer_id, now)
-            entry.score = min(MAX_SCORE, _faded(entry.score, now - entry.noted_at) + WEIGHTS[evidence])
-            entry.noted_at = now
-            return self._count(entry, evidence, now)
+            return self._add(self._entry(peer_id, now), evidence, now)
+
+    def note_experts(self, peer_id: PeerId, uids: Iterable[str], evidence: Evidence) -> None:
+        """Some experts of a peer answered what they must not: one piece of evidence against each, counted once."""
+        with self._lock:
+            now = self._clock()
+            peer = self._entry(peer_id, now)
+            peer.counts[evidence] = peer.counts.get(evidence, 0) + 1
+            for uid in uids:
+                expert = self._experts.get((peer_id, uid))
+                if expert is None:
+                    if len(self._experts) >= MAX_EXPERTS:
+                        _forget_the_least(self._experts, MAX_EXPERTS, now)
+                    expert = self._experts[peer_id, uid] = _Entry(noted_at=now)
+                self._add(expert, evidence, now)
+                if peer.worst is None or _total(peer.worst, now) <= _total(expert, now):
+                    peer.worst = expert
+
+    def count(self, peer_id: PeerId, evidence: Evidence) -> None:
+        """Something odd came from a peer that is held against nobody."""
+        with self._lock:
+            entry = self._entry(peer_id, self._clock())
+            entry.counts[evidence] = entry.counts.get(evidence, 0) + 1
 
     def note_contradiction(self, first: PeerId, second: PeerId) -> None:
         """Two peers answered the same question differently, and nobody can tell who is right."""
@@ -149,6 +199,8 @@ class Standing:
         """Hold nothing against a peer any more."""
         with self._lock:
             self._entries.pop(peer_id, None)
+            for key in [key for key in self._experts if key[0] == peer_id]:
+                del self._experts[key]
 
     # -- private, under the lock
 
@@ -156,9 +208,14 @@ class Standing:
         entry = self._entries.get(peer_id)
         if entry is None:
             if len(self._entries) >= MAX_PEERS:
-                self._make_room(now)
+                _forget_the_least(self._entries, MAX_PEERS, now)
             entry = self._entries[peer_id] = _Entry(noted_at=now)
         return entry
+
+    def _add(self, entry: _Entry, evidence: Evidence, now: float) -> Verdict:
+        entry.score = min(MAX_SCORE, _faded(entry.score, now - entry.noted_at) + WEIGHTS[evidence])
+        entry.noted_at = now
+        return self._count(entry, evidence, now)
 
     def _count(self, entry: _Entry, evidence: str, now: float) -> Verdict:
         entry.counts[evidence] = entry.counts.get(evidence, 0) + 1
@@ -167,15 +224,17 @@ class Standing:
             entry.shuns += 1
         return _verdict(entry, now)
 
-    def _make_room(self, now: float) -> None:
-        def weight(peer_id: PeerId) -> tuple[bool, float]:
-            entry = self._entries[peer_id]
-            return entry.shunned_until > now, _total(entry, now)
 
-        faded = [peer_id for peer_id in self._entries if weight(peer_id) < (False, _FORGOTTEN_BELOW)]
-        # An eighth at a time, so that a flood of new names is no search through the table for each.
-        for peer_id in faded or heapq.nsmallest(max(1, MAX_PEERS // 8), self._entries, key=weight):
-            del self._entries[peer_id]
+def _forget_the_least(entries: dict[K, _Entry], limit: int, now: float) -> None:
+    def weight(key: K) -> tuple[bool, float]:
+        entry = entries[key]
+        worst = 0.0 if entry.worst is None else _total(entry.worst, now)
+        return entry.shunned_until > now, max(worst, _total(entry, now))
+
+    faded = [key for key in entries if weight(key) < (False, _FORGOTTEN_BELOW)]
+    # An eighth at a time, so that a flood of new names is no search through the table for each.
+    for key in faded or heapq.nsmallest(max(1, limit // 8), entries, key=weight):
+        del entries[key]
 
 
 def _faded(score: float, age_s: float) -> float:

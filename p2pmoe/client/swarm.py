@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
 
 from p2pmoe import forks
+from p2pmoe.client.answers import StrayReplyError
 from p2pmoe.client.calls import CallGroup
 from p2pmoe.client.directory import Directory, ExpertInfo
 from p2pmoe.client.exchange import Dispatcher
@@ -34,9 +35,9 @@ from p2pmoe.experts.offers import Offer
 from p2pmoe.experts.uid import parse_uid
 from p2pmoe.faults import run_loop, unexpected
 from p2pmoe.identity import Identity, SwarmKey
-from p2pmoe.rpc.base import Transport
+from p2pmoe.rpc.base import Transport, proving
 from p2pmoe.rpc.http.client import HttpTransport
-from p2pmoe.types import WIRE_VERSION, PeerId
+from p2pmoe.types import WIRE_VERSION, Endpoint, PeerId
 
 if TYPE_CHECKING:
     from p2pmoe.client.remote_expert import RemoteExpert
@@ -101,7 +102,7 @@ class Swarm:
             self._dht = DHTNode(self.identity, config, client_mode=True, swarm_key=swarm_key)
             directory = ExpertDirectory(self._dht)
         self.directory: Directory = directory
-        self.trust = Trust(directory)
+        self.trust = Trust(directory, proves=self._proves)
         self.verifier: Verifier | None = None
         """Only where `verify_fraction` is above 0, and from `start` on."""
         self.timeout_s = timeout_s
@@ -206,22 +207,20 @@ class Swarm:
         """`find_experts` from a coroutine of any loop."""
         return await self.run_async(self.directory.find_experts(pattern))
 
-    async def find_providers(self, uid: str) -> tuple[Provider, ...]:
-        """Live providers of a uid, the most trusted first. Raises ExpertNotFoundError. On the swarm's loop."""
-        providers = self.trust.order(await self.directory.find_providers(uid))
+    async def find_providers(self, uid: str, *, again: bool = False) -> tuple[Provider, ...]:
+        """Live providers of a uid, the most trusted first. Raises ExpertNotFoundError. On the swarm's loop.
+
+        `again` reads the records from the network, whatever is cached.
+        """
+        providers = self.trust.order(await self.directory.find_providers(uid, again=again), uid)
         if not providers:
-            shunned = sum(each.verdict == "shunned" for each in self.trust.standing.snapshot())
-            raise ExpertNotFoundError(
-                f"no live provider of {uid} is known"
-                f"{f' ({shunned} peers are not asked for a while because their replies were wrong)' * bool(shunned)}; "
-                f"run `p2pmoe lookup '{uid.rpartition('.')[0]}.*'` to see who is there"
-            )
+            raise self._not_found(uid)
         return providers
 
     async def expert_info(self, uid: str, providers: Sequence[Provider]) -> ExpertInfo:
         """The schemas of an expert, asked once for each digest. On the swarm's loop."""
         last: P2PMoEError | None = None
-        for provider in self.trust.order(tuple(providers)):
+        for provider in self.trust.order(tuple(providers), uid):
             known = self._infos.get(provider.schema_digest)
             if known is not None:
                 return known
@@ -229,14 +228,11 @@ class Swarm:
                 return await self._ask_provider(uid, provider)
             except P2PMoEError as error:
                 last = error
-        raise last or ExpertNotFoundError(f"no live provider of {uid} is known")
+        raise last or self._not_found(uid)
 
-    def note_failure(self, provider: Provider, error: P2PMoEError) -> None:
-        """A peer that cannot be reached, or does not serve us, is left out of searches for a while.
-
-        One that lied loses standing.
-        """
-        self.trust.note_failure(provider, error)
+    def note_failure(self, provider: Provider, error: P2PMoEError, *uids: str) -> None:
+        """Calls of these experts failed: see `Trust.note_failure`."""
+        self.trust.note_failure(provider, error, *uids)
 
     # -- calling
 
@@ -294,6 +290,18 @@ class Swarm:
             raise ClosedError("a blocking call from the swarm's own loop would never end; await the async form")
         return asyncio.run_coroutine_threadsafe(_bounded(coroutine, timeout_s or self.timeout_s), loop)
 
+    def _not_found(self, uid: str) -> ExpertNotFoundError:
+        parsed = parse_uid(uid)
+        announced = self.directory.announced(parsed.prefix).get(parsed.suffix, ())
+        standing = self.trust.standing
+        shunned = {each.peer_id for each in announced if standing.verdict(each.peer_id, uid) == "shunned"}
+        why = f" ({len(shunned)} peers are not asked for a while because their replies were wrong)" if shunned else ""
+        error = ExpertNotFoundError(
+            f"no live provider of {uid} is known{why}; run `p2pmoe lookup '{parsed.prefix}*'` to see who is there"
+        )
+        error.may_appear = any(each.peer_id not in shunned for each in announced)
+        return error
+
     def _closed_error(self) -> ClosedError:
         if self._is_parents:
             return forks.forked("opened the swarm", "make a new Swarm in the worker")
@@ -316,17 +324,21 @@ class Swarm:
             document = await self.transport.get_json(provider.endpoint, path)
             info = ExpertInfo.from_json(document, expected_digest=provider.schema_digest)
         except P2PMoEError as error:
-            if isinstance(error, DecodeError):
-                self.trust.note_lie(provider.peer_id, "broken_reply", str(error))
-            self.note_failure(provider, error)
+            self.note_failure(provider, error, uid)
             raise
         if len(self._infos) >= MAX_INFOS:
             self._infos.clear()
         self._infos[provider.schema_digest] = info
         return info
 
+    def _proves(self, endpoint: Endpoint) -> bool:
+        return proving(self._transport)(endpoint)
+
     def _note_broken_reply(self, peer_id: PeerId, error: DecodeError) -> None:
-        self.trust.note_lie(peer_id, "broken_reply", str(error))
+        if error.is_proof:
+            self.trust.note_lie(peer_id, "broken_reply", str(error))
+        elif isinstance(error, StrayReplyError):
+            self.trust.standing.count(peer_id, "broken_reply")
 
     async def _close(self) -> None:
         if self.verifier is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from p2pmoe.client.acquaintance import Acquaintance
@@ -17,29 +17,40 @@ from p2pmoe.errors import (
     AccessDeniedError,
     AuthenticationError,
     DeadlineError,
+    DecodeError,
     DrainingError,
     NonFiniteReplyError,
     P2PMoEError,
     PeerUnreachableError,
 )
 from p2pmoe.experts.directory import Provider
-from p2pmoe.types import PeerId
+from p2pmoe.types import Endpoint, PeerId
 
 log = logging.getLogger(__name__)
 
 _LEFT_OUT: Final = (PeerUnreachableError, DeadlineError, DrainingError, AuthenticationError, AccessDeniedError)
 UNREACHABLE_S: Final = 5.0
-"""How long a peer that did not answer is left out of searches; the next failure renews it."""
+"""How long an address that did not answer is left out of searches; the next failure renews it."""
 LOG_EVERY_S: Final = 10.0
 
 
 class Trust:
-    """One for each swarm. Any thread."""
+    """One for each swarm. Any thread.
 
-    def __init__(self, directory: Directory, clock: Callable[[], float] = time.monotonic) -> None:
+    `proves` says of an endpoint whether what comes from there can be nobody's but its peer's.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        proves: Callable[[Endpoint], bool] = lambda endpoint: True,  # noqa: ARG005
+    ) -> None:
         self.standing = Standing(clock)
         self.acquaintance = Acquaintance(clock)
         self._directory = directory
+        self._proves = proves
         self._clock = clock
         self._logged_at = float("-inf")
         self._unlogged = 0
@@ -47,22 +58,31 @@ class Trust:
     def __repr__(self) -> str:
         return f"<Trust: {self.standing}>"
 
-    def order(self, providers: tuple[Provider, ...]) -> tuple[Provider, ...]:
-        """In which order providers are to be asked: good ones before doubtful ones, those known longest first.
+    def order(self, providers: tuple[Provider, ...], uid: str | None = None) -> tuple[Provider, ...]:
+        """In which order providers of a uid are to be asked: good ones before doubtful ones, those known longest first.
 
         Those that are shunned are left out.
         """
-        return self.standing.order(self.acquaintance.order(providers))
+        return self.standing.order(self.acquaintance.order(providers), uid)
 
-    def note_failure(self, provider: Provider, error: P2PMoEError) -> None:
-        """A call failed. A silent peer is left out of searches for a while; one that lied loses standing.
+    def note_failure(self, provider: Provider, error: P2PMoEError, *uids: str) -> None:
+        """Calls of these experts failed with this.
 
-        Replies that break the wire format or the schema are noted where they are read, once for each exchange.
+        A silent address is left out of searches for a while: not its key, which may be back elsewhere. A reply that no
+        honest expert gives is held against these experts of that peer; what proves a peer's lie is noted where it is
+        read, once for each exchange.
         """
         if isinstance(error, _LEFT_OUT):
-            self._directory.mark_unreachable(provider.peer_id, UNREACHABLE_S)
-        elif isinstance(error, NonFiniteReplyError) and error.is_evidence:
-            self.note_lie(provider.peer_id, "non_finite", str(error))
+            self._directory.mark_unreachable(
+                provider.peer_id, UNREACHABLE_S, endpoint=provider.endpoint, sequence=provider.sequence
+            )
+        elif isinstance(error, NonFiniteReplyError):
+            if error.is_evidence and self._proves(provider.endpoint):
+                self.note_lie(provider.peer_id, "non_finite", str(error))
+            elif error.is_evidence:
+                self._note_experts(provider.peer_id, uids, "non_finite", str(error))
+        elif isinstance(error, DecodeError) and not error.is_proof:
+            self._note_experts(provider.peer_id, uids, "broken_reply", str(error))
 
     def note_lie(self, peer_id: PeerId, evidence: Evidence, reason: str) -> None:
         """A peer answered what it must not."""
@@ -82,6 +102,17 @@ class Trust:
         self.standing.forget(peer_id)
         self._directory.mark_reachable(peer_id)
 
+    def _note_experts(self, peer_id: PeerId, uids: Sequence[str], evidence: Evidence, reason: str) -> None:
+        were_shunned = {uid: self.standing.verdict(peer_id, uid) == "shunned" for uid in uids}
+        self.standing.note_experts(peer_id, uids, evidence)
+        for uid, was_shunned in were_shunned.items():
+            if self.standing.verdict(peer_id, uid) != "shunned":
+                continue
+            for_s = self.standing.shunned_for_s(peer_id, uid)
+            self._directory.mark_unreachable(peer_id, for_s, uid=uid)
+            if not was_shunned:
+                self._log(peer_id, for_s, reason, about=f" about {uid}")
+
     def _leave_out(self, peer_id: PeerId, reason: str, *, was_shunned: bool) -> None:
         shunned_for_s = self.standing.shunned_for_s(peer_id)
         if not shunned_for_s:
@@ -90,11 +121,13 @@ class Trust:
         if not was_shunned:
             self._log(peer_id, shunned_for_s, reason)
 
-    def _log(self, peer_id: PeerId, shunned_for_s: float, reason: str) -> None:
+    def _log(self, peer_id: PeerId, shunned_for_s: float, reason: str, *, about: str = "") -> None:
         now = self._clock()
         if now - self._logged_at < LOG_EVERY_S:  # one line, however many nodes lie
             self._unlogged += 1
             return
         self._logged_at, unlogged, self._unlogged = now, self._unlogged, 0
         more = f" ({unlogged} more since the last line)" if unlogged else ""
-        log.warning("%s is not asked for %.0f s, its replies are wrong%s: %s", peer_id, shunned_for_s, more, reason)
+        log.warning(
+            "%s is not asked for %.0f s%s, its replies are wrong%s: %s", peer_id, shunned_for_s, about, more, reason
+        )

@@ -206,7 +206,7 @@ class Verifier:
             if each.schema_digest == mine.schema_digest
             and each.peer_id != mine.peer_id
             and each.endpoint != mine.endpoint
-            and self._trust.standing.verdict(each.peer_id) == "good"
+            and self._trust.standing.verdict(each.peer_id, sample.uid) == "good"
         ]
         self._dice.shuffle(witnesses)
         return witnesses[:MAX_WITNESSES]
@@ -236,7 +236,7 @@ class Verifier:
                 result = check_finite(f"{call.uid} at {call.endpoint}", result, sample.inputs, info.outputs) or result
             if not isinstance(result, P2PMoEError):
                 return witness, result
-            self._trust.note_failure(witness, result)
+            self._trust.note_failure(witness, result, sample.uid)
         return None
 
     def _settle(self, sample: Sample, second: tuple[Provider, Flat], third: tuple[Provider, Flat] | None) -> None:

@@ -1,4 +1,4 @@
-"""Children by prefix, kept while they are fresh, without the peers that were found unreachable. No I/O.
+"""Children by prefix, kept while they are fresh, without those who are left out for a while. No I/O.
 
 Read from the user's thread and filled from the DHT's loop: every method is thread-safe.
 """
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from p2pmoe import forks
-from p2pmoe.experts.children import NO_CHILDREN, Children, first_expiry, without_peers
-from p2pmoe.types import PeerId
+from p2pmoe.experts.children import NO_CHILDREN, Children, first_expiry
+from p2pmoe.experts.left_out import Absence, LeftOut
+from p2pmoe.types import Endpoint, PeerId
 
 MAX_PREFIXES: Final = 65_536
-MAX_UNREACHABLE: Final = 4096
 
 
 @dataclass(slots=True)
@@ -38,8 +38,7 @@ class ChildrenCache:
         self._lock = threading.Lock()
         forks.tell(self)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._unreachable: dict[PeerId, float] = {}
-        self._first_return = float("inf")
+        self._unreachable = LeftOut()  # replaced as a whole: readers without the lock see the old one or the new one
         self._version = 0
 
     def became_a_child(self) -> None:
@@ -52,13 +51,22 @@ class ChildrenCache:
         now = self._clock()
         if entry is None or now >= entry.fresh_until:
             return None
-        return self._shown(entry, now)
+        return self._shown(prefix, entry, now)
 
-    def filtered(self, children: Children) -> Children:
-        """Without the peers that are unreachable now."""
+    def filtered(self, children: Children, prefix: str = "") -> Children:
+        """Without those who are left out now."""
         self._let_return(self._clock())
-        unreachable = self._unreachable
-        return without_peers(children, set(unreachable)) if unreachable else children
+        return self._unreachable.applied(children, prefix)
+
+    def announced(self, prefix: str) -> Children | None:
+        """What is known and fresh, those who are left out among it."""
+        entry = self._entries.get(prefix)
+        return None if entry is None or self._clock() >= entry.fresh_until else entry.children
+
+    def read_at(self, prefix: str) -> float:
+        """When what is known of a prefix was read; long ago when nothing is."""
+        entry = self._entries.get(prefix)
+        return float("-inf") if entry is None else entry.read_at
 
     def put(self, prefix: str, children: Children) -> None:
         now = self._clock()
@@ -83,42 +91,42 @@ class ChildrenCache:
             else:
                 self._entries.pop(prefix, None)
 
-    def mark_unreachable(self, peer_id: PeerId, for_s: float) -> None:
+    def mark_unreachable(
+        self,
+        peer_id: PeerId,
+        for_s: float,
+        *,
+        endpoint: Endpoint | None = None,
+        uid: str | None = None,
+        sequence: int | None = None,
+    ) -> None:
+        """Leave out a peer, or one address or expert of it; see `Absence`."""
         with self._lock:
-            until = max(self._clock() + for_s, self._unreachable.get(peer_id, 0.0))
-            if len(self._unreachable) >= MAX_UNREACHABLE and peer_id not in self._unreachable:
-                soonest = min(self._unreachable, key=self._unreachable.__getitem__)
-                self._unreachable = {peer: at for peer, at in self._unreachable.items() if peer != soonest}
-            # A new dictionary each time: readers without the lock see the old one or the new one.
-            self._unreachable = {**self._unreachable, peer_id: until}
-            self._changed()
+            absence = Absence(peer_id, endpoint, uid, sequence)
+            self._unreachable = self._unreachable.with_one(absence, self._clock() + for_s)
+            self._version += 1
 
     def mark_reachable(self, peer_id: PeerId) -> None:
         with self._lock:
-            if peer_id in self._unreachable:
-                self._unreachable = {peer: at for peer, at in self._unreachable.items() if peer != peer_id}
-                self._changed()
+            self._unreachable = self._unreachable.without(peer_id)
+            self._version += 1
 
-    def _shown(self, entry: _Entry, now: float) -> Children:
+    def _shown(self, prefix: str, entry: _Entry, now: float) -> Children:
         self._let_return(now)
         version = self._version
         if entry.shown_version != version:
-            shown = without_peers(entry.children, set(self._unreachable)) if self._unreachable else entry.children
+            shown = self._unreachable.applied(entry.children, prefix)
             with self._lock:
                 entry.shown, entry.shown_version = shown, version
             return shown
         return entry.shown
 
     def _let_return(self, now: float) -> None:
-        if now < self._first_return:
+        if now < self._unreachable.first_end:
             return
         with self._lock:
-            self._unreachable = {peer: at for peer, at in self._unreachable.items() if at > now}
-            self._changed()
-
-    def _changed(self) -> None:
-        self._version += 1
-        self._first_return = min(self._unreachable.values(), default=float("inf"))
+            self._unreachable = self._unreachable.after(now)
+            self._version += 1
 
     def __repr__(self) -> str:
-        return f"<ChildrenCache {len(self._entries)} prefixes, {len(self._unreachable)} peers unreachable>"
+        return f"<ChildrenCache {len(self._entries)} prefixes, {len(self._unreachable)} left out>"

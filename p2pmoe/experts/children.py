@@ -72,15 +72,6 @@ def _in_scope(bundle: Bundle, scope: str | None, prefix: str) -> Iterable[int]:
     return [child for child in bundle.children if child == towards and not bundle.schema_digest]
 
 
-def without_peers(children: Children, peer_ids: frozenset[PeerId] | set[PeerId]) -> Children:
-    """The same without some peers; children that nobody else provides are gone."""
-    kept = {
-        child: tuple(provider for provider in providers if provider.peer_id not in peer_ids)
-        for child, providers in children.items()
-    }
-    return MappingProxyType({child: providers for child, providers in kept.items() if providers})
-
-
 def first_expiry(children: Children) -> float:
     """When the first provider expires, in seconds since 1970; infinity when there is none."""
     return min((p.expires_at for providers in children.values() for p in providers), default=float("inf"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ REFRESH_AHEAD: Final = 0.6
 """A cached prefix that is used after this share of its life is read again in the background."""
 MAX_PREFIXES_PER_SEARCH: Final = 65_536
 MAX_REFRESHES: Final = 1024
+READ_AGAIN_S: Final = 0.5
+"""How old may be what is read again: many callers of one dead expert are one reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +164,8 @@ class ExpertDirectory:
         if missing:
             for prefix in missing:
                 parse_prefix(prefix)
-            found.update(await self.dht.call(lambda: self._read_all(missing, fresh=fresh)))
+            newer_than = math.inf if fresh else None
+            found.update(await self.dht.call(lambda: self._read_all(missing, newer_than=newer_than)))
         return {prefix: children or NO_CHILDREN for prefix, children in found.items()}
 
     def cached_prefix(self, prefix: str) -> Children | None:
@@ -173,6 +177,19 @@ class ExpertDirectory:
         if children is not None and self._cache.is_ageing(prefix, REFRESH_AHEAD):
             self._refresh_ahead(prefix)
         return children
+
+    async def read_again(self, prefixes: Sequence[str]) -> dict[str, Children]:
+        """`get_prefixes` from the network, whatever is cached, however many ask: what a peer announced just now counts.
+
+        What was read within the last `READ_AGAIN_S` is not read again. Raises as `get_prefixes`.
+        """
+        for prefix in prefixes:
+            parse_prefix(prefix)
+        return await self.dht.call(lambda: self._read_all(prefixes, newer_than=self._clock() - READ_AGAIN_S))
+
+    def announced(self, prefix: str) -> Children:
+        """The children of a prefix as they were read last, peers that are left out for a while among them. No I/O."""
+        return self._cache.announced(prefix) or NO_CHILDREN
 
     async def find_experts(self, pattern: str) -> list[ExpertRecord]:
         """Every live expert that a uid, prefix or glob means, one record per provider, in the order of uids.
@@ -212,10 +229,14 @@ class ExpertDirectory:
         self.network_reads += 1
         return names_of(await self.dht.get(ROOT))
 
-    async def find_providers(self, uid: str) -> tuple[Provider, ...]:
-        """Who serves an expert now, most recently declared first; empty when nobody does. Raises as `get_prefixes`."""
+    async def find_providers(self, uid: str, *, again: bool = False) -> tuple[Provider, ...]:
+        """Who serves an expert now, most recently declared first; empty when nobody does. Raises as `get_prefixes`.
+
+        `again` reads the records anew, see `read_again`.
+        """
         parsed = parse_uid(uid)
-        children = (await self.get_prefixes([parsed.prefix]))[parsed.prefix]
+        read = self.read_again if again else self.get_prefixes
+        children = (await read([parsed.prefix]))[parsed.prefix]
         providers = [provider for provider in children.get(parsed.suffix, ()) if provider.schema_digest]
         return tuple(sorted(providers, key=lambda provider: -provider.sequence))
 
@@ -232,12 +253,26 @@ class ExpertDirectory:
                 break
         return active
 
-    def mark_unreachable(self, peer_id: PeerId, for_s: float) -> None:
-        """Leave a peer out of every answer, cached ones too, for `for_s` seconds."""
-        self._cache.mark_unreachable(peer_id, for_s)
+    is_fixed: Final = False
+    """Somebody may appear whom nobody knows yet."""
+
+    def mark_unreachable(
+        self,
+        peer_id: PeerId,
+        for_s: float,
+        *,
+        endpoint: Endpoint | None = None,
+        uid: str | None = None,
+        sequence: int | None = None,
+    ) -> None:
+        """Leave this peer out of every answer for a while; or only at one endpoint, or with one expert.
+
+        Records that were declared after `sequence` are heeded all the same.
+        """
+        self._cache.mark_unreachable(peer_id, for_s, endpoint=endpoint, uid=uid, sequence=sequence)
 
     def mark_reachable(self, peer_id: PeerId) -> None:
-        """Take back `mark_unreachable`."""
+        """Take back `mark_unreachable`, in all its forms."""
         self._cache.mark_reachable(peer_id)
 
     def invalidate(self, prefix: str | None = None) -> None:
@@ -282,9 +317,14 @@ class ExpertDirectory:
                 f"tried again with the next declaration: check that peers are reachable and the clock is right"
             )
 
-    async def _read_all(self, prefixes: Sequence[str], *, fresh: bool) -> dict[str, Children]:
-        found = await asyncio.gather(*(self._read(prefix, ahead=fresh) for prefix in prefixes))
-        return {prefix: self._cache.filtered(each) for prefix, each in zip(prefixes, found, strict=True)}
+    async def _read_all(self, prefixes: Sequence[str], *, newer_than: float | None = None) -> dict[str, Children]:
+        found = await asyncio.gather(
+            *(
+                self._read(prefix, ahead=newer_than is not None and self._cache.read_at(prefix) < newer_than)
+                for prefix in prefixes
+            )
+        )
+        return {prefix: self._cache.filtered(each, prefix) for prefix, each in zip(prefixes, found, strict=True)}
 
     async def _read(self, prefix: str, *, ahead: bool = False) -> Children:
         """One network read per prefix, however many ask at the same time."""

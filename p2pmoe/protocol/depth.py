@@ -37,7 +37,9 @@ def check_json_depth(text: bytes | bytearray | memoryview, limit: int = MAX_JSON
         quotes = np.cumsum(chunk == ord('"'), dtype=np.int32) + in_string
         depths = np.cumsum(np.where(quotes & 1, 0, steps[chunk]), dtype=np.int32) + depth
         if depths.max() > limit:
-            raise DecodeError(f"the JSON is nested more than {limit} levels deep; send tensors as binary data or flat")
+            raise DecodeError(
+                f"the JSON is nested more than {limit} levels deep; send tensors as binary data or flat", is_proof=True
+            )
         in_string, depth = int(quotes[-1]) & 1, int(depths[-1])
 
 

@@ -19,7 +19,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -106,6 +106,17 @@ class FrameRefused(msgspec.Struct, frozen=True, gc=False):
 
     call_id: str
     error: DecodeError
+
+
+@runtime_checkable
+class Inspector(Protocol):
+    """Looks at headers, and goes on after a frame that is refused."""
+
+    def __call__(self, header: Any, /) -> bool:
+        """Whether the body of a frame with this header is wanted."""
+
+    def refuse(self, frame: FrameRefused) -> None:
+        """This frame will not come. Raises DecodeError to end the stream."""
 
 
 # ------------------------------------------------------------------------------------------------ encoding
@@ -354,12 +365,18 @@ class FrameReader(Generic[H]):
         return self._next_header()
 
     def accepted_frames(self, inspect: Callable[[H], bool]) -> Iterator[Frame[H]]:
-        """Frames that the fed chunk completes, of those whose header `inspect` accepts. Raises DecodeError."""
+        """Frames that the fed chunk completes, of those whose header `inspect` accepts. Raises DecodeError.
+
+        A frame that is wrong in itself, or over a limit of ours, need not spoil those behind it: an `Inspector` is told
+        of it, and its body is skipped.
+        """
         while (event := self.next_event()) is not None:
             if isinstance(event, FrameReceived):
                 yield event.frame
             elif isinstance(event, FrameRefused):
-                raise event.error
+                if not event.call_id or not isinstance(inspect, Inspector):
+                    raise event.error
+                inspect.refuse(event)
             elif not inspect(event.header):
                 self.skip()
 
@@ -394,6 +411,7 @@ class FrameReader(Generic[H]):
                 raise DecodeError(
                     f"a frame declares a header of {header_bytes} bytes; allowed are 1 to {self._limits.header_bytes}",
                     code=413 if header_bytes else 400,
+                    is_proof=not header_bytes,  # too long a one is over a limit of our own
                 )
             self._lengths = header_bytes, body_bytes
         raw = self._take(self._lengths[0])

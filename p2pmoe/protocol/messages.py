@@ -145,7 +145,7 @@ def decode_header(
     try:
         return decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DecodeError(f"the JSON header is malformed: {error}") from error
+        raise DecodeError(f"the JSON header is malformed: {error}", is_proof=True) from error
 
 
 def decode_document(raw: bytes | bytearray) -> Any:

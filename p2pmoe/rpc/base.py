@@ -20,6 +20,8 @@ from p2pmoe.types import Caller, Endpoint
 
 Flat = tuple[torch.Tensor, ...]
 """What a call takes or gives: tensors in schema order."""
+Reply = Frame[ResponseHeader]
+"""A result or an error."""
 
 
 class Service(Protocol):
@@ -88,10 +90,11 @@ class Transport(Protocol):
 
     def exchange(
         self, endpoint: Endpoint, frames: Sequence[EncodedFrame], inspect: Callable[[ResponseHeader], bool]
-    ) -> AsyncGenerator[Frame[ResponseHeader], None]:
+    ) -> AsyncGenerator[Reply, None]:
         """Send call frames in one exchange; yields result and error frames in completion order.
 
-        `inspect` sees each header before memory is allocated for its tensors; False skips that frame.
+        `inspect` sees each header before memory is allocated for its tensors; False skips that frame. If it is an
+        `Inspector`, it is told of frames that are wrong in themselves or over our limits; else these end the exchange.
 
         Raises:
             PeerUnreachableError: nobody answers, or the connection broke.
@@ -107,6 +110,14 @@ class Transport(Protocol):
 
 
 @runtime_checkable
+class ProvingTransport(Protocol):
+    """A transport that knows what it can vouch for. One without this is taken to prove every sender."""
+
+    def proves(self, endpoint: Endpoint) -> bool:
+        """Whether what comes from there can be nobody's but the endpoint's peer's: not a proxy's, not a bystander's."""
+
+
+@runtime_checkable
 class BlockingTransport(Protocol):
     """A transport that can also be used by a thread that has no event loop."""
 
@@ -116,10 +127,15 @@ class BlockingTransport(Protocol):
         frames: Sequence[EncodedFrame],
         inspect: Callable[[ResponseHeader], bool],
         deadline: Deadline,
-    ) -> Generator[Frame[ResponseHeader], None, None] | None:
+    ) -> Generator[Reply, None, None] | None:
         """`Transport.exchange` by the calling thread, which blocks meanwhile. Any thread; close the generator.
 
         None when this cannot be had now (the peer is new, or wants a new session): use `exchange`.
 
         Raises (also while the frames are read) as `exchange` does, and TimeoutError when the deadline has passed.
         """
+
+
+def proving(transport: object) -> Callable[[Endpoint], bool]:
+    """What a transport says of endpoints; see `ProvingTransport`."""
+    return transport.proves if isinstance(transport, ProvingTransport) else lambda endpoint: True  # noqa: ARG005

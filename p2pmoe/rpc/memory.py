@@ -26,9 +26,9 @@ from urllib.parse import parse_qsl, urlsplit
 import msgspec
 
 from p2pmoe.errors import BadRequestError, PeerUnreachableError
-from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
+from p2pmoe.protocol.frames import EncodedFrame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import ResponseHeader, response_decoder
-from p2pmoe.rpc.base import Service
+from p2pmoe.rpc.base import Reply, Service
 from p2pmoe.rpc.budget import SharedBudget
 from p2pmoe.rpc.exchange import ServerExchange
 from p2pmoe.rpc.expert_pages import EXPERTS_PATH, page_of_query
@@ -199,7 +199,7 @@ class MemoryTransport:
 
     async def exchange(
         self, endpoint: Endpoint, frames: Sequence[EncodedFrame], inspect: Callable[[ResponseHeader], bool]
-    ) -> AsyncGenerator[Frame[ResponseHeader], None]:
+    ) -> AsyncGenerator[Reply, None]:
         """See `Transport.exchange`."""
         async with self._network.connect(endpoint, len(frames)) as (host, connection):
             link = self._network.link(endpoint)
@@ -262,7 +262,7 @@ def _chunks(data: bytes, size: int) -> Iterator[bytes]:
 
 def _read(
     reader: FrameReader[ResponseHeader], result: EncodedFrame, size: int, inspect: Callable[[ResponseHeader], bool]
-) -> Iterator[Frame[ResponseHeader]]:
+) -> Iterator[Reply]:
     for chunk in _chunks(b"".join(result.buffers), size):
         reader.feed(chunk)
         yield from reader.accepted_frames(inspect)

@@ -114,7 +114,7 @@ async def test_running_calls_end_before_the_node_leaves() -> None:
     async with asyncio.timeout(30):
         await node.start()
         async with p2pmoe.Swarm(initial_peers=[node.dht_address]) as swarm:
-            expert, other = swarm.expert("gate.0"), swarm.expert("ffn.0")
+            expert, other = swarm.expert("gate.0"), swarm.expert("ffn.0", forward_timeout_s=1.0)
             await expert.acall(torch.ones(1, 4))
             await other.acall(torch.ones(1, 4))
             gate.armed = True
@@ -135,7 +135,7 @@ async def test_a_node_does_not_wait_longer_than_it_may() -> None:
     async with asyncio.timeout(30):
         await node.start()
         async with p2pmoe.Swarm(initial_peers=[node.dht_address]) as swarm:
-            expert = swarm.expert("gate.0")
+            expert = swarm.expert("gate.0", forward_timeout_s=3.0)  # so long it waits for the node to come back
             await expert.acall(torch.ones(1, 4))
             gate.armed = True
             running = asyncio.create_task(expert.acall(torch.ones(1, 4)))

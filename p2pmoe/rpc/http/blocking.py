@@ -25,8 +25,9 @@ from yarl import URL
 
 from p2pmoe.errors import PeerUnreachableError
 from p2pmoe.forks import shared
-from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
+from p2pmoe.protocol.frames import EncodedFrame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import MAX_DOCUMENT_BYTES, ResponseHeader, response_decoder
+from p2pmoe.rpc.base import Reply
 from p2pmoe.rpc.deadline import Deadline
 from p2pmoe.rpc.http.client_sessions import ClientSessions
 from p2pmoe.rpc.http.documents import refusal_of, unreachable
@@ -97,7 +98,7 @@ class BlockingPosts:
         frames: Sequence[EncodedFrame],
         inspect: Callable[[ResponseHeader], bool],
         deadline: Deadline,
-    ) -> Generator[Frame[ResponseHeader], None, None] | None:
+    ) -> Generator[Reply, None, None] | None:
         """See `BlockingTransport.try_exchange`."""
         session = self._sessions.known(endpoint)
         if self._closed or (self._sessions.covers(endpoint) and (session is None or session.refusal is not None)):
@@ -214,7 +215,7 @@ class BlockingPosts:
         link: Link,
         response: Answer,
         inspect: Callable[[ResponseHeader], bool],
-    ) -> Generator[Frame[ResponseHeader], None, None]:
+    ) -> Generator[Reply, None, None]:
         reader: FrameReader[ResponseHeader] = FrameReader(response_decoder, self._limits)
         received, whole = 0, False
         try:

@@ -15,8 +15,9 @@ from yarl import URL
 
 from p2pmoe.errors import PeerUnreachableError
 from p2pmoe.identity import Identity, SwarmKey
-from p2pmoe.protocol.frames import EncodedFrame, Frame, FrameLimits, FrameReader
+from p2pmoe.protocol.frames import EncodedFrame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import ResponseHeader, response_decoder
+from p2pmoe.rpc.base import Reply
 from p2pmoe.rpc.deadline import Deadline
 from p2pmoe.rpc.http.blocking import IDLE_S, BlockingPosts
 from p2pmoe.rpc.http.client_sessions import ClientSessions
@@ -118,7 +119,7 @@ class HttpTransport:
 
     async def exchange(
         self, endpoint: Endpoint, frames: Sequence[EncodedFrame], inspect: Callable[[ResponseHeader], bool]
-    ) -> AsyncGenerator[Frame[ResponseHeader], None]:
+    ) -> AsyncGenerator[Reply, None]:
         """See `Transport.exchange`."""
         self._exchanges += 1
         response = await self._call(endpoint, frames)
@@ -145,7 +146,7 @@ class HttpTransport:
         frames: Sequence[EncodedFrame],
         inspect: Callable[[ResponseHeader], bool],
         deadline: Deadline,
-    ) -> Generator[Frame[ResponseHeader], None, None] | None:
+    ) -> Generator[Reply, None, None] | None:
         """See `BlockingTransport.try_exchange`."""
         if self._loop is None or self._loop.is_closed():
             return None
@@ -154,6 +155,10 @@ class HttpTransport:
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 self._loop.call_soon_threadsafe(self._sweep_later)
         return self._blocking.try_exchange(endpoint, frames, inspect, deadline)
+
+    def proves(self, endpoint: Endpoint) -> bool:
+        """See `ProvingTransport`: only TLS that is pinned to the peer's key does."""
+        return endpoint.scheme == "https" and endpoint.public_key is not None
 
     async def get_json(self, endpoint: Endpoint, path: str) -> Any:
         """See `Transport.get_json`."""

@@ -225,3 +225,64 @@ def test_readers_need_no_lock() -> None:
     for reader in readers:
         reader.join(5)
     assert not errors
+
+
+# ------------------------------------------------------------------------------------------- single experts
+
+
+def test_what_one_expert_did_is_held_against_that_expert(standing: Standing, clock: Clock) -> None:
+    standing.note_experts(ALICE, ["ffn.0"], "broken_reply")
+    assert (standing.verdict(ALICE, "ffn.0"), standing.verdict(ALICE, "ffn.1")) == ("last", "good")
+    for _ in range(2):
+        standing.note_experts(ALICE, ["ffn.0"], "broken_reply")
+    assert (standing.verdict(ALICE, "ffn.0"), standing.verdict(ALICE, "ffn.1")) == ("shunned", "good")
+    assert standing.verdict(ALICE) == "last", "a peer with a bad expert is looked at, and asked"
+    assert (standing.shunned_for_s(ALICE), standing.shunned_for_s(ALICE, "ffn.0")) == (0.0, rules.SHUN_S)
+    both = providers("alice", "bob")
+    assert [each.peer_id for each in standing.order(both, "ffn.0")] == ["bob"]
+    assert standing.order(both, "ffn.1") == both
+    (held,) = standing.snapshot()
+    assert (held.verdict, held.score, held.counts, held.experts) == (
+        "last", 0.0, {"broken_reply": 3}, {"ffn.0": rules.SHUN_S},
+    )  # fmt: skip
+    clock.now += rules.SHUN_S
+    assert standing.verdict(ALICE, "ffn.0") == "last"
+    standing.note_experts(ALICE, ["ffn.0"], "broken_reply")
+    assert standing.shunned_for_s(ALICE, "ffn.0") == pytest.approx(2 * rules.SHUN_S)
+    standing.forget(ALICE)
+    assert standing.verdict(ALICE, "ffn.0") == "good"
+    assert standing.snapshot() == []
+
+
+def test_many_bad_experts_are_one_count_and_never_shun_their_peer(standing: Standing) -> None:
+    uids = [f"ffn.{index}" for index in range(100)]
+    for _ in range(10):
+        standing.note_experts(ALICE, uids, "broken_reply")
+    assert {standing.verdict(ALICE, uid) for uid in uids} == {"shunned"}
+    assert standing.verdict(ALICE) == "last"
+    assert standing.verdict(ALICE, "other.0") == "good"
+    assert standing.snapshot()[0].counts == {"broken_reply": 10}
+
+
+def test_a_shunned_peer_is_shunned_with_all_its_experts(standing: Standing) -> None:
+    standing.note_experts(ALICE, ["ffn.0"], "non_finite")
+    shun(standing, ALICE)
+    assert standing.verdict(ALICE, "ffn.0") == standing.verdict(ALICE, "ffn.1") == "shunned"
+    assert standing.shunned_for_s(ALICE, "ffn.1") == rules.SHUN_S
+
+
+def test_what_is_only_counted_changes_nothing(standing: Standing) -> None:
+    for _ in range(100):
+        standing.count(ALICE, "broken_reply")
+    assert standing.verdict(ALICE) == "good"
+    assert standing.snapshot()[0].counts == {"broken_reply": 100}
+
+
+def test_experts_are_bounded_and_the_worst_are_kept(standing: Standing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "MAX_EXPERTS", 16)
+    for _ in range(3):
+        standing.note_experts(BOB, ["ffn.7"], "broken_reply")
+    for index in range(200):
+        standing.note_experts(ALICE, [f"ffn.{index}"], "broken_reply")
+    assert len(standing._experts) <= 16
+    assert standing.verdict(BOB, "ffn.7") == "shunned"

@@ -6,8 +6,9 @@ import threading
 
 import pytest
 
-from p2pmoe.experts.cache import MAX_UNREACHABLE, ChildrenCache
-from p2pmoe.experts.children import NO_CHILDREN, Provider, children_of, first_expiry, without_peers
+from p2pmoe.experts.cache import ChildrenCache
+from p2pmoe.experts.children import NO_CHILDREN, Provider, children_of, first_expiry
+from p2pmoe.experts.left_out import MAX_UNREACHABLE
 from p2pmoe.identity import Identity
 from p2pmoe.protocol.records import Record, key_of, sign_record
 from p2pmoe.types import Endpoint
@@ -90,6 +91,33 @@ def test_unreachable_peers_are_bounded(cache):
     assert "peer-0" not in cache._unreachable
 
 
+def test_one_address_of_a_peer_is_left_out_until_it_announces_itself_anew(cache, clock):
+    elsewhere = Provider("bob", Endpoint("192.0.2.8", 8080), "ab", 1000.0, 1)
+    again = Provider("bob", HERE, "ab", 1000.0, 2)
+    cache.put("ffn.", {1: (ALICE, BOB), 2: (elsewhere,), 3: (again,)})
+    cache.mark_unreachable("bob", 5, endpoint=HERE, sequence=1)
+    shown = {1: (ALICE,), 2: (elsewhere,), 3: (again,)}
+    assert cache.get("ffn.") == shown
+    assert cache.announced("ffn.") == {1: (ALICE, BOB), 2: (elsewhere,), 3: (again,)}
+    cache.mark_unreachable("bob", 2, endpoint=HERE, sequence=2)  # silent again; the longer of the two counts
+    clock.now = 4
+    assert cache.get("ffn.") == {1: (ALICE,), 2: (elsewhere,)}
+    clock.now = 5
+    assert cache.get("ffn.") == {1: (ALICE, BOB), 2: (elsewhere,), 3: (again,)}
+
+
+def test_one_expert_of_a_peer_is_left_out_and_its_others_are_not(cache):
+    cache.put("ffn.", {1: (ALICE, BOB), 2: (BOB,)})
+    cache.put("ffn.1.", {2: (BOB,)})
+    cache.mark_unreachable("bob", 5, uid="ffn.2")
+    assert cache.get("ffn.") == {1: (ALICE, BOB)}
+    assert cache.get("ffn.1.") == {2: (BOB,)}
+    cache.mark_unreachable("bob", 5, uid="ffn.1.2")
+    assert cache.get("ffn.1.") == {}
+    cache.mark_reachable("bob")
+    assert (cache.get("ffn."), cache.get("ffn.1.")) == ({1: (ALICE, BOB), 2: (BOB,)}, {2: (BOB,)})
+
+
 def test_prefixes_are_bounded(cache, monkeypatch):
     monkeypatch.setattr("p2pmoe.experts.cache.MAX_PREFIXES", 10)
     for number in range(30):
@@ -161,7 +189,6 @@ def test_children_of_several_peers_are_merged():
     assert provider.endpoint == HERE.with_public_key(alice.public_key)
     assert (provider.expires_at, provider.sequence, provider.schema_digest) == (1000.0, 1, "ab")
     assert first_expiry(children) == 1000.0
-    assert set(without_peers(children, {alice.peer_id})) == {2, 3}
 
 
 def test_of_two_bundles_of_one_peer_the_newer_counts():

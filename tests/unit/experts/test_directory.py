@@ -198,6 +198,29 @@ async def test_an_unreachable_peer_is_left_out_everywhere_until_it_is_back(nodes
     assert len(await carol.find_experts("ffn.*")) == 3
 
 
+async def test_records_are_read_again_once_for_all_who_wait(directories, clock):
+    alice, _, carol = directories
+    elsewhere = Endpoint("192.0.2.9", 9)
+    await alice.declare({"ffn.0.0": FFN}, HERE)
+    await carol.find_providers("ffn.0.0")
+    clock.ahead_s = 1
+    await alice.declare({"ffn.0.0": FFN}, elsewhere)
+    assert [each.endpoint.port for each in await carol.find_providers("ffn.0.0")] == [HERE.port], "cached"
+    reads = carol.network_reads
+    async with asyncio.timeout(5):
+        found = await asyncio.gather(*(carol.find_providers("ffn.0.0", again=True) for _ in range(50)))
+    assert {each.endpoint.port for providers in found for each in providers} == {elsewhere.port}
+    assert carol.network_reads == reads + 1, "one read, however many ask"
+    await carol.read_again(["ffn.0."])
+    assert carol.network_reads == reads + 1, "and none within half a second"
+    assert carol.cached_prefix("ffn.0.")[0][0].endpoint.port == elsewhere.port
+    assert list(carol.announced("ffn.0.")) == [0]
+    assert carol.announced("never.") == {}
+    clock.ahead_s = 1.6
+    await carol.read_again(["ffn.0."])
+    assert carol.network_reads == reads + 2
+
+
 async def test_first_k_active(directories):
     alice, _, carol = directories
     await alice.declare({"ffn.0.1": FFN, "ffn.0.3": FFN, "ffn.1.1": FFN}, HERE)
