@@ -142,6 +142,10 @@ class LimitsConfig(Section, frozen=True):
     max_source_handshakes_per_s: Seconds = 20.0
     """The same of one source, after a pause `max_source_connections` at once."""
     handshake_timeout_s: Seconds = 5.0
+    min_piece_bytes: Positive = 64
+    """How large the pieces of a request (segments, TLS records, HTTP chunks) must be on average."""
+    source_pieces_per_s: Rate = 256.0
+    """Smaller ones that one source may send beyond that, eight seconds' worth at once."""
     source_documents_per_s: Rate = 100.0
     """Documents and refusals that one source is answered, ten seconds' worth at once. Calls and health do not count."""
     max_http_head_bytes: Positive = 32 * 1024

@@ -97,7 +97,9 @@ def expand_pattern(pattern: str) -> list[str]:
     count = math.prod(map(len, ranges))
     if count > MAX_EXPANSION:
         raise InvalidUidError(f"{_shown(pattern)} stands for {count} uids; at most {MAX_EXPANSION} are taken, split it")
-    return [str(parse_uid(str(ExpertUid(name, coordinates)))) for coordinates in itertools.product(*ranges)]
+    parse_uid(str(ExpertUid(name, tuple(numbers[-1] for numbers in ranges))))  # the longest one
+    texts = [tuple(map(str, numbers)) for numbers in ranges]
+    return [".".join((name, *coordinates)) for coordinates in itertools.product(*texts)]
 
 
 def expand_patterns(patterns: Iterable[str]) -> list[str]:

@@ -45,7 +45,9 @@ class ListedExpert(msgspec.Struct, frozen=True):
     requests: Count | None = None
 
 
-class _Page(msgspec.Struct, frozen=True):
+class ExpertPage(msgspec.Struct, frozen=True):
+    """A page, as far as a client reads it."""
+
     experts: Annotated[
         dict[Annotated[str, Meta(max_length=_MAX_UID_CHARS)], ListedExpert], Meta(max_length=_MAX_LISTED)
     ]
@@ -67,6 +69,14 @@ def page_path(after: str = "") -> str:
     return f"{EXPERTS_PATH}?after={quote(after, safe='')}" if after else EXPERTS_PATH
 
 
+def read_page(document: Any) -> ExpertPage:
+    """Raises DecodeError for what is no page."""
+    try:
+        return msgspec.convert(document, ExpertPage)
+    except msgspec.ValidationError as error:
+        raise DecodeError(f"not a page of experts: {error}") from error
+
+
 async def follow_pages(get_json: Callable[[str], Awaitable[Any]]) -> AsyncGenerator[dict[str, ListedExpert], None]:
     """The experts of a node, page by page; `get_json` reads a document of it by path.
 
@@ -75,10 +85,7 @@ async def follow_pages(get_json: Callable[[str], Awaitable[Any]]) -> AsyncGenera
     """
     after = ""
     for _ in range(MAX_PAGES):
-        try:
-            page = msgspec.convert(await get_json(page_path(after)), _Page)
-        except msgspec.ValidationError as error:
-            raise DecodeError(f"not a page of experts: {error}") from error
+        page = read_page(await get_json(page_path(after)))
         yield page.experts
         if not page.next:
             return

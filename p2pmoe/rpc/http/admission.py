@@ -14,26 +14,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final
 
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import OverloadedError
+from p2pmoe.rpc.http.grain import Meter
 from p2pmoe.rpc.token_bucket import MAX_REMEMBERED, TokenBucket, TokenBuckets
 from p2pmoe.types import source_of
 
-MAX_REMEMBERED_SOURCES = MAX_REMEMBERED
+MAX_REMEMBERED_SOURCES: Final = MAX_REMEMBERED
+_PIECES_BURST_S: Final = 8.0
 
 
 class Ticket:
     """The right to one open connection."""
 
-    __slots__ = ("_admission", "_source")
+    __slots__ = ("_admission", "_source", "meter")
 
     def __init__(self, admission: Admission, source: str) -> None:
         self._admission: Admission | None = admission
         self._source = source
+        self.meter: Meter | None = None
+        """What counts the connection's bytes, where somebody does."""
 
     def __repr__(self) -> str:
         return f"<Ticket of {self._source}>"
+
+    def borrow(self, pieces: float) -> bool:
+        """Take small pieces from those of the source, see `grain`; False when there are none left."""
+        return self._admission is not None and self._admission.borrow(self._source, pieces)
 
     def give_back(self) -> None:
         """The connection is closed, or never came to be. Safe to call twice."""
@@ -52,6 +61,8 @@ class Admission:
         self._all = TokenBucket(limits.max_handshakes_per_s, max(1, limits.max_connections), clock())
         # Whoever has more networks than are remembered is bounded by the rate of all.
         self._sources = TokenBuckets(limits.max_source_handshakes_per_s, max(1, limits.max_source_connections))
+        rate = limits.source_pieces_per_s
+        self._pieces = TokenBuckets(rate, max(1.0, _PIECES_BURST_S * rate))
         self.refused = 0
 
     def __repr__(self) -> str:
@@ -72,6 +83,10 @@ class Admission:
         self._open[source] = self._open.get(source, 0) + 1
         self._total += 1
         return Ticket(self, source)
+
+    def borrow(self, source: str, pieces: float) -> bool:
+        """For `Ticket`."""
+        return not self._pieces.take(source, pieces, self._clock())
 
     def leave(self, source: str) -> None:
         """For `Ticket`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import islice
 from typing import Any, cast
 
 from aiohttp import StreamReader, hdrs, web, web_protocol
@@ -19,12 +20,15 @@ from p2pmoe.faults import attempt
 from p2pmoe.rpc.exchange import ServerExchange
 from p2pmoe.rpc.http.admission import Ticket
 from p2pmoe.rpc.http.direct_body import DirectBody
+from p2pmoe.rpc.http.grain import LINE_END, Grain
 from p2pmoe.rpc.http.prompt_answer import PromptAnswer, PromptAnswers, is_one_call, is_plain_exchange
 from p2pmoe.rpc.http.responses import error_response
 from p2pmoe.rpc.resolver import host_of
 from p2pmoe.types import Caller
 
 logger = logging.getLogger(__name__)
+
+_SLICE_BYTES = 16 * 1024
 
 # What prompt answers know of the library's protocol; with another version of it everything goes the long way.
 _KNOWN_NAMES = {"_waiter", "_messages", "_paused", "_close", "_keepalive_timeout", "_next_keepalive_close_time"}
@@ -44,11 +48,15 @@ class Connection(web.RequestHandler):
         "_address",
         "_answer",
         "_answers",
+        "_body",
+        "_chunked",
         "_closing_since",
+        "_grain",
         "_head_bytes",
         "_limits",
         "_link",
         "_looking",
+        "_refused",
         "_ticket",
         "_watch",
         "head_since",
@@ -68,6 +76,10 @@ class Connection(web.RequestHandler):
         self._answers = answers if _KNOWN_LIBRARY else None
         self._answer: PromptAnswer | None = None
         self._looking = False
+        self._grain = Grain(self._limits.min_piece_bytes, ticket.borrow, ticket.meter)
+        self._body: StreamReader | None = None
+        self._chunked = False
+        self._refused = False
         self._address = ""
         self._head_bytes = 0
         self.head_since: float | None = None
@@ -114,7 +126,7 @@ class Connection(web.RequestHandler):
             self._parser = parser
             content.feed_eof()
 
-        body = DirectBody(self, calls, left, self._limits, give_back)
+        body = DirectBody(self, calls, left, self._limits, give_back, self._grain)
         transport.set_protocol(body)
         return body
 
@@ -136,14 +148,18 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._looking:  # the library asks for what its parser holds back whenever a body is read; that is nothing
+        if data and not (self._refused or self._grain.read(len(data))):
+            self._refuse()
+        if (
+            self._refused or self._looking
+        ):  # the library asks for what its parser holds back whenever a body is read; that is nothing
             return
         waiter, requests = self._waiter, self._request_count
         waits = waiter is not None and not waiter.done()
         if waits:
             self._waiter = None  # so that the library wakes nobody: we look at the request first
         try:
-            super().data_received(data)
+            self._feed(data)
         finally:
             if waits:
                 self._waiter = waiter
@@ -178,6 +194,11 @@ class Connection(web.RequestHandler):
         reason = " ".join((message or "malformed").split())
         return error_response(BadRequestError(f"not a valid HTTP request: {reason[:256]}"))
 
+    def log_exception(self, *args: Any, **options: Any) -> None:
+        """Reading on after an answer ends with our refusal where that came meanwhile: no news."""
+        if not (self._refused and isinstance(options.get("exc_info"), BadRequestError)):
+            super().log_exception(*args, **options)
+
     def _process_keepalive(self) -> None:
         if self._answer is None:
             super()._process_keepalive()
@@ -185,6 +206,38 @@ class Connection(web.RequestHandler):
             self._keepalive_handle = self._loop.call_later(self._keepalive_timeout, self._process_keepalive)
 
     # -- private
+
+    def _feed(self, data: bytes) -> None:
+        """Let the parser have it, and count line ends where each costs something."""
+        for start in range(0, len(data), _SLICE_BYTES) or (0,):
+            part = data if len(data) <= _SLICE_BYTES else data[start : start + _SLICE_BYTES]
+            is_in_body = self._body is not None and not self._body.is_eof()
+            if is_in_body and self._chunked and not self._grain.take(part.count(LINE_END)):
+                self._refuse()
+            if self._refused:
+                return
+            requests = self._request_count
+            super().data_received(part)
+            if completed := self._request_count - requests:
+                self._grain.completed(completed)
+                latest = [message for message, _ in islice(reversed(self._messages), completed)]
+                self._chunked = any(isinstance(each, RawRequestMessage) and each.chunked for each in latest)
+                self._body = self._messages[-1][1] if self._messages else None
+            if (self._chunked if completed else not is_in_body) and not self._grain.take(part.count(LINE_END)):
+                self._refuse()
+
+    def _refuse(self) -> None:
+        """Read no more of what comes in too small pieces; who waits for its body is told why."""
+        self._refused = True
+        self._watch.dropped += 1
+        error = self._grain.refusal()
+        logger.debug("connection refused: %s", error)
+        if self._body is None or self._body.is_eof():
+            self.drop()
+            return
+        self._body.set_exception(error)
+        self._body.feed_eof()
+        self.close()  # when it has been answered
 
     def _next_request(self) -> None:
         """Answer the request that is complete, or let the library's task do it."""

@@ -13,6 +13,7 @@ from typing import Final
 from p2pmoe.config import LimitsConfig
 from p2pmoe.errors import BadRequestError
 from p2pmoe.rpc.exchange import ServerExchange
+from p2pmoe.rpc.http.grain import Grain
 from p2pmoe.rpc.http.pace import check_rate, idle_error
 from p2pmoe.rpc.http.scratch import scratch
 
@@ -31,6 +32,7 @@ class DirectBody(asyncio.BufferedProtocol):
         left: bytes of the body that are still to come; not one more is received.
         limits: the pace that the caller must keep.
         give_back: called once when the last of them has come, whether they were of use or not.
+        grain: how finely they may come.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class DirectBody(asyncio.BufferedProtocol):
         left: int,
         limits: LimitsConfig,
         give_back: Callable[[], None],
+        grain: Grain | None = None,
     ) -> None:
         self._owner, self._calls, self._limits, self._give_back = owner, calls, limits, give_back
+        self._grain = grain
         self._loop = asyncio.get_running_loop()
         self._left, self._received = left, 0
         self._straight = False  # the memory that was handed out last is a tensor's
@@ -73,6 +77,8 @@ class DirectBody(asyncio.BufferedProtocol):
         self._left -= nbytes
         self._received += nbytes
         self._heard_at = self._loop.time()
+        if self._grain is not None and not self._grain.read(nbytes) and not self._used.done():
+            self._used.set_exception(self._grain.refusal())
         if not self._left:
             self._give_back()
         if not self._used.done():

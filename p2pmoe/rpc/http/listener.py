@@ -22,6 +22,7 @@ from p2pmoe.errors import OverloadedError
 from p2pmoe.faults import attempt, own
 from p2pmoe.forks import shared
 from p2pmoe.rpc.http.admission import Admission, Ticket
+from p2pmoe.rpc.http.grain import Meter, MeteredSocket
 from p2pmoe.rpc.resolver import Resolver
 
 BACKLOG: Final = 128
@@ -182,7 +183,9 @@ class Listener:
             connection.close()
             raise
         else:
-            own(self._open(connection, ticket), self._opening, "a handshake", by_a_stranger=True)
+            ticket.meter = Meter(is_tls="ssl" in self._options)
+            metered = shared(MeteredSocket.of(connection, ticket.meter))
+            own(self._open(metered, ticket), self._opening, "a handshake", by_a_stranger=True)
 
     async def _open(self, connection: socket.socket, ticket: Ticket) -> None:
         loop = asyncio.get_running_loop()

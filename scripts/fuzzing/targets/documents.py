@@ -15,6 +15,7 @@ from p2pmoe.errors import DecodeError, SchemaError
 from p2pmoe.protocol.messages import MAX_DOCUMENT_MEMORY_BYTES, decode_document
 from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_pack
 from p2pmoe.protocol.schema import BatchTensorProto, schema_digest, schema_from_json, schema_to_json
+from p2pmoe.rpc.expert_pages import read_page
 from p2pmoe.training.census import _count
 
 from fuzzing.targets.records import ALICE  # isort: skip
@@ -26,7 +27,10 @@ def read_document(data: bytes) -> str:
     """A document of a node, as `p2pmoe lookup` and the census of a training read it."""
     document = decode_document(data)
     record = ExpertRecord("ffn.0", ALICE.peer_id, Endpoint("192.0.2.1", 1), "00", 1.0, 1.0)
-    count = _count(record, document)
+    try:
+        count = _count(record, read_page(document).experts)
+    except DecodeError:  # another kind of document
+        count = _count(record, {})
     shown = ""
     if isinstance(document, dict):
         shown = format_schema({"forward": document.get("forward_schema"), "outputs": document.get("outputs_schema")})
@@ -78,7 +82,11 @@ def _info(forward: Any, outputs: Any) -> bytes:
 
 def document_seeds() -> dict[str, bytes]:
     plain = _info(((BatchTensorProto(64),), {}), BatchTensorProto(64))
-    return {"expert": plain, "experts": b'{"experts":{"ffn.0":' + plain + b"}}", "live": b'{"live":true}'}
+    return {
+        "expert": plain,
+        "experts": b'{"experts":{"ffn.0":' + plain + b'},"next":"ffn.0"}',
+        "live": b'{"live":true}',
+    }
 
 
 def schema_seeds() -> dict[str, bytes]:

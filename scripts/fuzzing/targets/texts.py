@@ -93,7 +93,7 @@ def toml_seeds() -> dict[str, bytes]:
 
 
 def variable_seeds() -> dict[str, bytes]:
-    texts = ["dht.port=1", "dht.initial_peers=a:1,b:2", 'devices=["cpu"]', "experts.options={a = 1}", "dht.ttl_s=0.5"]
+    texts = ["dht.port=1", "dht.initial_peers=a:1,b:2", 'devices=["cpu"]', "experts.options={a = 1}", "dht.ttl_s=30.5"]
     return {text.partition("=")[0].replace(".", "-"): text.encode() for text in texts}
 
 
