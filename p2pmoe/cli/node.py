@@ -38,9 +38,13 @@ Experts = Annotated[
 
 
 def print_config(wanted: bool) -> None:
-    """The commented file that lies in the package. For `--print-config`."""
+    """The commented file that lies in the package, of a checkout beside it (setup.py). For `--print-config`."""
     if wanted:
-        typer.echo((Path(p2pmoe.__file__).parent / "node.toml").read_text(encoding="utf-8"), nl=False)
+        package = Path(p2pmoe.__file__).parent
+        shipped = package / "node.toml"
+        typer.echo(
+            (shipped if shipped.exists() else package.parent / "node.toml").read_text(encoding="utf-8"), nl=False
+        )
         raise typer.Exit
 
 

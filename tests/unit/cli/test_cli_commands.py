@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +18,10 @@ import p2pmoe
 from p2pmoe.cli.failures import EXIT_CODES
 from p2pmoe.cli.main import main
 from p2pmoe.cli.settings import load_client_identity
-from p2pmoe.config import NodeConfig
 from p2pmoe.identity import Identity
 from p2pmoe.training import tasks
 
+ROOT = Path(__file__).parents[3]
 COMMANDS = [
     *("demo", "node", "train", "lookup", "version"),
     *("id new", "id show", "id export", "id import", "id delegate", "id swarm-key new", "id admin-token"),
@@ -177,14 +179,23 @@ def test_train_signs_with_the_key_it_is_given(tmp_path: Path, capsys: pytest.Cap
     assert "does not exist" in capsys.readouterr().err
 
 
-def test_the_package_has_the_node_toml_of_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[3] / "node.toml").read_text(encoding="utf-8")
-
+def test_the_commented_settings_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["node", "--print-config"]) == 0
+    assert capsys.readouterr().out == (ROOT / "node.toml").read_text(encoding="utf-8")
 
-    assert capsys.readouterr().out == text, "run: cp node.toml p2pmoe/node.toml"
-    assert "node.toml" in (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
-    assert NodeConfig.parse(text) == NodeConfig()
+
+def test_the_commented_settings_are_in_the_wheel(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "node.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    (tmp_path / "p2pmoe").mkdir()
+    (tmp_path / "p2pmoe" / "__init__.py").write_text('__version__ = "0"\n')
+    program = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, "-c", program, str(out)], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+    (wheel,) = out.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        assert content.read("p2pmoe/node.toml") == (ROOT / "node.toml").read_bytes()
 
 
 @pytest.mark.parametrize(
