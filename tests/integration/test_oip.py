@@ -470,6 +470,25 @@ def test_what_a_model_gives_against_its_schema_is_500(alice: Peer, client: Clien
     assert "complex64" in reply["error"]
 
 
+def test_a_request_says_whether_it_trains(client: Client) -> None:
+    """`parameters.mode` is our extension too; without it a request evaluates."""
+    answers = [
+        client.infer("linear.0", {"inputs": GOOD, "parameters": parameters})[:2]
+        for parameters in ({}, {"mode": "eval"}, {"mode": "train", "seed": 2**64 - 1})
+    ]
+    assert [status for status, _ in answers] == [200] * 3
+    assert answers[0][1]["outputs"] == answers[1][1]["outputs"] == answers[2][1]["outputs"]
+    for parameters, word in (
+        ({"mode": "fit"}, "'train' or 'eval'"),
+        ({"mode": 1}, "mode"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": 1.5}, "seed"),
+    ):
+        status, reply, _ = client.infer("linear.0", {"inputs": GOOD, "parameters": parameters})
+        assert (status, word in reply["error"]) == (400, True), reply
+
+
 def test_training_by_the_public_protocol(alice: Peer, client: Client) -> None:
     """`parameters.pass` is our extension; an id makes a repeated call harmless."""
     inputs = [*GOOD, tensor("2", (1, 2), "FP32", [1, 1]), tensor("3", (1,), "INT64", [0])]
