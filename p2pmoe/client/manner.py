@@ -6,13 +6,15 @@ They follow `torch.manual_seed` all the same: a program that seeds torch draws t
 
 from __future__ import annotations
 
-import hashlib
 import threading
+from typing import Final
 
 import torch
 from torch import nn
 
 from p2pmoe.types import Manner
+
+_ALL: Final = (1 << 64) - 1
 
 
 class _Seeds:
@@ -28,8 +30,10 @@ class _Seeds:
                 self._origin, self._count = origin, 0
             self._count += 1
             count = self._count
-        text = b"%d/%d" % (origin, count)
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+        mixed = (origin + count * 0x9E3779B97F4A7C15) & _ALL  # SplitMix64 (Steele, Lea and Flood 2014)
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & _ALL
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & _ALL
+        return (mixed ^ mixed >> 31) >> 1
 
 
 _seeds = _Seeds()

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -27,14 +27,16 @@ from p2pmoe.protocol.schema import (
     schema_digest,
 )
 from p2pmoe.server.buffers import KeptBuffers
-from p2pmoe.server.module_state import evaluating, seeded
+from p2pmoe.server.module_state import Evaluating, seeded
 from p2pmoe.server.optimizers import NoOptimizer, check_optimizer
 from p2pmoe.server.task_pool import TaskPool, manner_now
 from p2pmoe.server.trial import DUMMY_BATCH_SIZE, examine
+from p2pmoe.types import Mode
 
 __all__ = ["DUMMY_BATCH_SIZE", "ExpertBackend"]
 
 Flat = tuple[torch.Tensor, ...]
+_AS_IT_IS: Final = contextlib.nullcontext()
 
 
 class ExpertBackend(nn.Module):
@@ -93,6 +95,7 @@ class ExpertBackend(nn.Module):
         self.outputs_schema = outputs_schema = self.findings.outputs_schema
         protos = nested_flatten(outputs_schema)
         self._output_shapes = tuple(proto.shape for proto in protos)
+        self._gives_free = any(proto.is_free for proto in protos)
         self._output_protos, self._input_protos = protos, nested_flatten(self.forward_schema)
         self._sent_dtypes = tuple(proto.dtype for proto in protos)
         self._casts_outputs = self._sent_dtypes != self.findings.dtypes
@@ -151,14 +154,16 @@ class ExpertBackend(nn.Module):
         """
         args, kwargs = self._pack_forward(map(torch.clone, inputs) if self._works_in_place else inputs)
         with self._computing, torch.inference_mode(False), torch.no_grad(), self._conduct():
-            self.kept.keep()
+            if self.kept:
+                self.kept.keep()
             try:
                 outputs = self._as_outputs(self.expert(*args, **kwargs), inputs)
-                if self.before_step is not None and not self.kept.changes_are_finite():
+                if self.kept and self.before_step is not None and not self.kept.changes_are_finite():
                     raise NonFiniteResultError("the expert's buffers overflowed")
                 return tuple(map(torch.clone, outputs)) if self.findings.shares_state else outputs
             finally:
-                self.kept.put_back()
+                if self.kept:
+                    self.kept.put_back()
 
     def backward(self, *inputs: torch.Tensor) -> Flat:
         """Gradients with respect to the inputs; one optimizer step happens inside.
@@ -243,15 +248,16 @@ class ExpertBackend(nn.Module):
             parameter.grad = None
         return gathered
 
-    @contextlib.contextmanager
-    def _conduct(self) -> Iterator[None]:
+    def _conduct(self) -> contextlib.AbstractContextManager[object]:
         """The module's mode and the random numbers that the call being computed asks for."""
         mode, seed = manner_now()
-        with contextlib.ExitStack() as stack:
-            if mode == "eval":
-                stack.enter_context(evaluating(self._modules_of_expert))
-            if seed is not None and mode in self.findings.draws:
-                stack.enter_context(seeded(self.device, seed))
+        if seed is not None and mode in self.findings.draws:
+            return self._seeded(mode, seed)
+        return _AS_IT_IS if mode == "train" else Evaluating(self._modules_of_expert)
+
+    @contextlib.contextmanager
+    def _seeded(self, mode: Mode, seed: int) -> Iterator[None]:
+        with _AS_IT_IS if mode == "train" else Evaluating(self._modules_of_expert), seeded(self.device, seed):
             yield
 
     def _run_with_grad(self, args: Any, kwargs: Any) -> Any:
@@ -288,6 +294,15 @@ class ExpertBackend(nn.Module):
     def _as_outputs(self, outputs: Any, inputs: Flat) -> Flat:
         """Flat, as the schema says. Raises SchemaError."""
         rows = len(inputs[0])
+        if (
+            self._plain_output
+            and isinstance(outputs, torch.Tensor)
+            and outputs.shape == (rows, *self._output_shapes[0])
+            and outputs.dtype is self._sent_dtypes[0]
+            and not self._casts_outputs
+            and outputs.layout is torch.strided
+        ):
+            return (outputs,)  # what nearly every expert gives
         flat = (outputs,) if isinstance(outputs, torch.Tensor) else nested_flatten(outputs)
         self._check_outputs(outputs, flat, rows)
         self._check_growth(flat, inputs)
@@ -295,7 +310,7 @@ class ExpertBackend(nn.Module):
 
     def _check_growth(self, outputs: Flat, inputs: Flat) -> None:
         """That nobody gets more than callers make room for. Raises SchemaError."""
-        if not any(proto.is_free for proto in self._output_protos):
+        if not self._gives_free:
             return
         most = FREE_GROWTH * largest_free(self._input_protos, [each.shape for each in inputs])
         if largest_free(self._output_protos, [each.shape for each in outputs]) > most:

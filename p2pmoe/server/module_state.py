@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -19,16 +19,22 @@ _PLAIN: Final = (torch.Tensor, int, float, complex, str, tuple, type(None))
 """Attributes that forward replaces. Others, such as a cache in a dict, are written in place or belong to a library."""
 
 
-@contextlib.contextmanager
-def evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """All of these in `eval()`, and afterwards each as it was: the owner may have frozen some of them."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        _set_mode(module, is_training=False)
-    try:
-        yield
-    finally:
-        for module in training:
+class Evaluating:
+    """All of these modules in `eval()`, and afterwards each as it was: the owner may have frozen some of them."""
+
+    __slots__ = ("_modules", "_training")
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._training: list[nn.Module] = []
+
+    def __enter__(self) -> None:
+        self._training = [module for module in self._modules if module.training]
+        for module in self._training:
+            _set_mode(module, is_training=False)
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._training:
             _set_mode(module, is_training=True)
 
 

@@ -26,7 +26,7 @@ from p2pmoe.errors import SchemaError
 from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_packer
 from p2pmoe.protocol.schema import FREE_GROWTH, BatchTensorProto, format_schema, format_tensor
 from p2pmoe.server.buffers import KeptBuffers
-from p2pmoe.server.module_state import evaluating, generator_states, seeded, untouched, write_back
+from p2pmoe.server.module_state import Evaluating, generator_states, seeded, untouched, write_back
 from p2pmoe.types import MODES, Mode
 
 DUMMY_BATCH_SIZE: Final = 3
@@ -87,7 +87,7 @@ def _materialize(name: str, expert: nn.Module, schema: Any, device: torch.device
     if not _is_lazy(expert):
         return
     args, kwargs = nested_map(lambda proto: _sample(proto, device), schema)
-    with evaluating(list(expert.modules())), torch.no_grad():  # evaluating, so that it trains no statistics
+    with Evaluating(list(expert.modules())), torch.no_grad():  # evaluating, so that it trains no statistics
         try:
             expert(*args, **kwargs)
         except Exception as error:
@@ -162,7 +162,7 @@ class _Trial:
         return ("train", "eval") if any(module.training for module in self._modules) else ("train",)
 
     def _run_mode(self, mode: Mode) -> tuple[_Run, _Run, _Run]:
-        with evaluating(self._modules) if mode == "eval" else contextlib.nullcontext():
+        with Evaluating(self._modules) if mode == "eval" else contextlib.nullcontext():
             first = self._run(DUMMY_BATCH_SIZE)
             self._check_rows(first, DUMMY_BATCH_SIZE)
             again, other = self._run(DUMMY_BATCH_SIZE), self._run(OTHER_BATCH_SIZE)
@@ -184,7 +184,7 @@ class _Trial:
 
     def _run_longer(self, mode: Mode, first: _Run) -> _Run:
         """With another size of the free dimensions."""
-        with evaluating(self._modules) if mode == "eval" else contextlib.nullcontext():
+        with Evaluating(self._modules) if mode == "eval" else contextlib.nullcontext():
             longer = self._run(DUMMY_BATCH_SIZE, OTHER_FREE_SIZE)
         self._check_rows(longer, DUMMY_BATCH_SIZE)
         self._compare(
