@@ -14,21 +14,18 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from p2pmoe.errors import BadRequestError, NonFiniteResultError, SchemaError
+from p2pmoe.errors import NonFiniteResultError, SchemaError
 from p2pmoe.protocol.modes import usable_anywhere
-from p2pmoe.protocol.nested import nested_compare, nested_flatten, nested_map, nested_packer
+from p2pmoe.protocol.nested import nested_flatten, nested_map, nested_packer
 from p2pmoe.protocol.schema import (
-    FREE_GROWTH,
     BatchTensorProto,
-    Shape,
     format_schema,
-    format_tensor,
-    largest_free,
     schema_digest,
 )
 from p2pmoe.server.buffers import KeptBuffers
 from p2pmoe.server.module_state import Evaluating, seeded
 from p2pmoe.server.optimizers import NoOptimizer, check_optimizer
+from p2pmoe.server.outputs import ExpectedOutputs
 from p2pmoe.server.task_pool import TaskPool, manner_now
 from p2pmoe.server.trial import DUMMY_BATCH_SIZE, examine
 from p2pmoe.types import Mode
@@ -93,13 +90,8 @@ class ExpertBackend(nn.Module):
         self.findings = examine(name, expert, self.forward_schema, self.device, outputs_schema)
         """What dummy runs showed of the expert."""
         self.outputs_schema = outputs_schema = self.findings.outputs_schema
-        protos = nested_flatten(outputs_schema)
-        self._output_shapes = tuple(proto.shape for proto in protos)
-        self._gives_free = any(proto.is_free for proto in protos)
-        self._output_protos, self._input_protos = protos, nested_flatten(self.forward_schema)
-        self._sent_dtypes = tuple(proto.dtype for proto in protos)
-        self._casts_outputs = self._sent_dtypes != self.findings.dtypes
-        self._plain_output = isinstance(outputs_schema, BatchTensorProto)
+        inputs: tuple[BatchTensorProto, ...] = nested_flatten(self.forward_schema)
+        self._outputs = ExpectedOutputs(name, outputs_schema, self.findings.dtypes, inputs)
         self._modules_of_expert = list(expert.modules())
         self.backward_schema = (self.forward_schema, outputs_schema)
         self._pack_backward = nested_packer(self.backward_schema)
@@ -123,9 +115,9 @@ class ExpertBackend(nn.Module):
         self._applying = False  # from the moment on that this pass's gradients may have been applied
         self.forward_pool = TaskPool(self.forward, uid=f"{name}/forward", **pool_options)
         self.backward_pool = TaskPool(self.backward, uid=f"{name}/backward", **pool_options)
-        self.forward_pool.results, self.backward_pool.results = protos, self._input_protos
+        self.forward_pool.results, self.backward_pool.results = self._outputs.protos, inputs
         for pool in self.get_pools():
-            pool.splits_by_shape = any(proto.is_free for proto in self._input_protos)
+            pool.splits_by_shape = any(proto.is_free for proto in inputs)
         self.forward_pool.may_repeat = lambda: True
         if type(self).backward is ExpertBackend.backward:  # nobody knows when another one steps
             self.backward_pool.may_repeat = lambda: not self._applying
@@ -157,7 +149,7 @@ class ExpertBackend(nn.Module):
             if self.kept:
                 self.kept.keep()
             try:
-                outputs = self._as_outputs(self.expert(*args, **kwargs), inputs)
+                outputs = self._outputs.to_send(self.expert(*args, **kwargs), inputs)
                 if self.kept and self.before_step is not None and not self.kept.changes_are_finite():
                     raise NonFiniteResultError("the expert's buffers overflowed")
                 return tuple(map(torch.clone, outputs)) if self.findings.shares_state else outputs
@@ -275,80 +267,9 @@ class ExpertBackend(nn.Module):
             return self.expert(*args, **kwargs)
 
     def _back_propagate(self, outputs: Any, grad_outputs: Any) -> None:
-        flat, gradients = nested_flatten(outputs), nested_flatten(grad_outputs)
-        self._check_outputs(outputs, flat, len(gradients[0]))
-        for index, (output, gradient) in enumerate(zip(flat, gradients, strict=True)):
-            if output.shape != gradient.shape:  # only a free dimension can differ
-                raise BadRequestError(
-                    f"{self.name}: the gradient of output {index} is {list(gradient.shape)}, and the output of these "
-                    f"arguments {list(output.shape)}"
-                )
-        pairs = [
-            (output, gradient.to(device=output.device, dtype=output.dtype, non_blocking=True))
-            for output, gradient in zip(flat, gradients, strict=True)
-            if output.requires_grad
-        ]
+        pairs = self._outputs.pairs(outputs, grad_outputs)
         if pairs:
             torch.autograd.backward([pair[0] for pair in pairs], grad_tensors=[pair[1] for pair in pairs])
-
-    def _as_outputs(self, outputs: Any, inputs: Flat) -> Flat:
-        """Flat, as the schema says. Raises SchemaError."""
-        rows = len(inputs[0])
-        if (
-            self._plain_output
-            and isinstance(outputs, torch.Tensor)
-            and outputs.shape == (rows, *self._output_shapes[0])
-            and outputs.dtype is self._sent_dtypes[0]
-            and not self._casts_outputs
-            and outputs.layout is torch.strided
-        ):
-            return (outputs,)  # what nearly every expert gives
-        flat = (outputs,) if isinstance(outputs, torch.Tensor) else nested_flatten(outputs)
-        self._check_outputs(outputs, flat, rows)
-        self._check_growth(flat, inputs)
-        return tuple(map(torch.Tensor.to, flat, self._sent_dtypes)) if self._casts_outputs else flat
-
-    def _check_growth(self, outputs: Flat, inputs: Flat) -> None:
-        """That nobody gets more than callers make room for. Raises SchemaError."""
-        if not self._gives_free:
-            return
-        most = FREE_GROWTH * largest_free(self._input_protos, [each.shape for each in inputs])
-        if largest_free(self._output_protos, [each.shape for each in outputs]) > most:
-            raise SchemaError(f"{self.name}: an output is over {FREE_GROWTH} times longer than the arguments")
-
-    def _check_outputs(self, outputs: Any, flat: tuple[Any, ...], rows: int) -> None:
-        for output, shape, dtype in zip(flat, self._output_shapes, self.findings.dtypes, strict=False):
-            if (
-                not isinstance(output, torch.Tensor)
-                or (output.shape != (rows, *shape) and not self._is_of(output, rows, shape))
-                or output.dtype is not dtype
-                or output.layout is not torch.strided
-            ):
-                raise SchemaError(self._misfit(flat, rows))
-        if len(flat) != len(self._output_shapes) or not (
-            isinstance(outputs, torch.Tensor) if self._plain_output else nested_compare(outputs, self.outputs_schema)
-        ):
-            raise SchemaError(f"{self.name}: the outputs do not have the structure of outputs_schema")
-
-    @staticmethod
-    def _is_of(output: torch.Tensor, rows: int, shape: Shape) -> bool:
-        """Whether an output has a shape with free dimensions."""
-        return None in shape and len(output.shape) == len(shape) + 1 and len(output) == rows and all(
-            wanted is None or size == wanted for size, wanted in zip(output.shape[1:], shape, strict=True)
-        )  # fmt: skip
-
-    def _misfit(self, flat: tuple[Any, ...], rows: int) -> str:
-        gave = ", ".join(
-            f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)}"
-            if isinstance(each, torch.Tensor)
-            else type(each).__name__
-            for each in flat
-        )
-        wanted = ", ".join(
-            format_tensor((rows, *shape), str(dtype).removeprefix("torch."))
-            for shape, dtype in zip(self._output_shapes, self.findings.dtypes, strict=True)
-        )
-        return f"{self.name}: the expert gave ({gave}) where its schema says ({wanted})"
 
 
 def _as_args(schema: Any) -> tuple[Any, ...]:
