@@ -47,6 +47,7 @@ from p2pmoe.protocol.datagrams import (
 )
 
 MAX_VERIFY_PINGS: Final = 16
+MIN_COST_BYTES: Final = 200
 
 
 @dataclass(slots=True)
@@ -157,12 +158,13 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
         datagram = self._sealer.open(data) if self._sealer else data
         if datagram is None:
             self.counters.unopened += 1
-            self.budgets.charge(source_of(address), len(data), self._loop.time())
+            self.budgets.charge(source_of(address), _cost(len(data)), self._loop.time())
             return
         try:
             message = decode_datagram(self._header, datagram)
         except DecodeError:
             self.counters.malformed += 1
+            self.budgets.charge(source_of(address), _cost(len(data)), self._loop.time())
             if self.on_foreign is not None and not datagram.startswith(self._header):
                 self.on_foreign(address, datagram[: len(self._header)])
             return
@@ -213,7 +215,7 @@ class DatagramProtocol(KademliaProtocol):  # type: ignore[misc]
     def _take_request(self, request: Request, address: Address, size: int) -> None:
         now = self._loop.time()
         source = source_of(address)
-        if not self.budgets.spend(source, size, now):
+        if not self.budgets.spend(source, _cost(size), now):
             self.counters.over_budget += 1
             return
         if self.caller.came_back(request) and isinstance(request, Prove):
@@ -257,6 +259,11 @@ def on_the_link_of(told_by: str, contact: Contact) -> Contact:
     """A link-local address means something on one link: that of whoever told us."""
     scope = told_by.partition("%")[2]
     return contact._replace(host=f"{contact.host}%{scope}") if scope and is_link_local(contact.host) else contact
+
+
+def _cost(size: int) -> int:
+    """What a datagram is charged: a small one takes as much time as one of some hundred bytes."""
+    return max(size, MIN_COST_BYTES)
 
 
 def _status(number: int) -> Status:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -35,6 +36,9 @@ NEGATIVE_CACHE_S: Final = 3.0
 REFRESH_AHEAD: Final = 0.6
 """A cached prefix that is used after this share of its life is read again in the background."""
 MAX_PREFIXES_PER_SEARCH: Final = 65_536
+PREFIXES_AT_ONCE: Final = 256
+SEARCH_S: Final = 8.0
+"""How long a search goes on reading; what it has found by then is its result."""
 MAX_REFRESHES: Final = 1024
 READ_AGAIN_S: Final = 0.5
 """How old may be what is read again: many callers of one dead expert are one reader."""
@@ -74,12 +78,14 @@ class ExpertDirectory:
         cache_s: float = CACHE_S,
         negative_cache_s: float = NEGATIVE_CACHE_S,
         readdress: Callable[[Endpoint], Endpoint] = lambda endpoint: endpoint,
+        search_s: float = SEARCH_S,
     ) -> None:
         self.dht = dht
         self.network_reads = 0
         """Prefixes read over the network so far."""
         self._clock = clock
         self._readdress = readdress
+        self._search_s = search_s
         self._cache = ChildrenCache(clock, max_age_s=cache_s, negative_s=negative_cache_s)
         self._declarations = Declarations(lambda: dht.signer.max_value_bytes)
         self._own_slots = OwnSlots(dht)
@@ -199,26 +205,25 @@ class ExpertDirectory:
             BootstrapError, ClosedError: as `get_prefixes`.
         """
         wanted = UidPattern.parse(pattern)
-        level = [wanted.root]
+        level: list[str] = [wanted.root]
         records: list[ExpertRecord] = []
         visited = 0
+        until = time.monotonic() + self._search_s
         while level:
+            below: dict[str, list[PeerId]] = {}
+            room = MAX_PREFIXES_PER_SEARCH - visited
+            for start in range(0, min(len(level), room), PREFIXES_AT_ONCE):
+                if start and time.monotonic() > until:
+                    room = start
+                    break
+                found = await self.get_prefixes(level[start : min(start + PREFIXES_AT_ONCE, room)])
+                for prefix, children in found.items():
+                    _gather(wanted, prefix, children, records, below)
             visited += len(level)
-            if visited > MAX_PREFIXES_PER_SEARCH:
-                if (more := self._too_wide.note()) is not None:
-                    log.warning("%s reaches over more than %d prefixes; the rest is left out%s", pattern, visited, more)
-                break
-            found = await self.get_prefixes(level)
-            level = []
-            for prefix, children in found.items():
-                _, start = parse_prefix(prefix)
-                for child, providers in children.items():
-                    uid = ExpertUid(wanted.name, (*start, child))
-                    if wanted.matches(uid):
-                        records.extend(_record(str(uid), provider) for provider in providers if provider.schema_digest)
-                    is_prefix = any(not provider.schema_digest for provider in providers)
-                    if is_prefix and wanted.may_contain(uid.name, uid.coordinates):
-                        level.append(prefix_of(uid.name, uid.coordinates))
+            left_out = len(level) - room
+            if left_out > 0 and (more := self._too_wide.note()) is not None:
+                log.warning("%s reaches over %d prefixes; %d are left out%s", pattern, visited, left_out, more)
+            level = _in_turn(below)
         return sorted(records, key=lambda record: (parse_uid(record.uid), record.peer_id))
 
     async def find_names(self) -> Mapping[str, tuple[PeerId, ...]]:
@@ -373,6 +378,34 @@ class ExpertDirectory:
 
     def __repr__(self) -> str:
         return f"<ExpertDirectory {self._cache!r}, {self.network_reads} network reads>"
+
+
+def _gather(
+    wanted: UidPattern,
+    prefix: str,
+    children: Children,
+    records: list[ExpertRecord],
+    below: dict[str, list[PeerId]],
+) -> None:
+    """Add a prefix's experts to `records`, and to `below` the prefixes there and who says that there is something."""
+    _, start = parse_prefix(prefix)
+    for child, providers in children.items():
+        uid = ExpertUid(wanted.name, (*start, child))
+        if wanted.matches(uid):
+            records.extend(_record(str(uid), provider) for provider in providers if provider.schema_digest)
+        peers = [provider.peer_id for provider in providers if not provider.schema_digest]
+        if peers and wanted.may_contain(uid.name, uid.coordinates):
+            below[prefix_of(uid.name, uid.coordinates)] = peers
+
+
+def _in_turn(prefixes: Mapping[str, Sequence[PeerId]]) -> list[str]:
+    """Of every peer one prefix after the other: who names thousands of empty ones delays mostly its own."""
+    named: Counter[PeerId] = Counter()
+    turns: dict[str, int] = {}
+    for prefix, peers in prefixes.items():
+        turns[prefix] = min(named[peer] for peer in peers)
+        named.update(peers)
+    return sorted(prefixes, key=turns.__getitem__)
 
 
 def _record(uid: str, provider: Provider) -> ExpertRecord:

@@ -71,7 +71,10 @@ class Runtime:
 
     @property
     def tasks_waiting(self) -> int:
-        return sum(len(pool) for pool in self._pools) + sum(len(each[0].tasks) for each in list(self._set_aside))
+        # Of the pools that have something only: there may be thousands, and this is asked for every batch.
+        return sum(len(pool) for pool in list(self._waiting)) + sum(
+            len(each[0].tasks) for each in list(self._set_aside)
+        )
 
     @property
     def tasks_running(self) -> int:

@@ -305,6 +305,18 @@ async def test_nobody_makes_us_send_to_our_own_local_network(make_peer):
 # --- floods -----------------------------------------------------------------------------------------------------
 
 
+async def test_tiny_datagrams_cost_what_they_take_in_time(make_peer, make_stranger):
+    alice = await make_peer("alice")
+    alice.budgets._rate, alice.budgets._burst = 0, 1000
+    mallory, bob = make_stranger("mallory"), make_stranger("bob")
+    for _ in range(5):
+        mallory.send(b"\0", alice.address)
+    mallory.send(Ping(ID, b"", bytes(16)), alice.address)
+    await bob.ask(Ping(ID, b"", bytes(16)), alice.address)
+    assert mallory.heard == []
+    assert alice.protocol.counters.over_budget == 1
+
+
 async def test_a_source_over_its_budget_is_ignored_and_others_are_not(make_peer, make_stranger):
     alice = await make_peer("alice")
     alice.budgets._rate, alice.budgets._burst = 0, 1000

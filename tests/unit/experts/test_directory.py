@@ -13,9 +13,9 @@ import pytest
 from p2pmoe.config import DHTConfig
 from p2pmoe.dht.node import DHTNode
 from p2pmoe.errors import BootstrapError, ClosedError, EncodeError, InvalidUidError
-from p2pmoe.experts.directory import ExpertDirectory
+from p2pmoe.experts.directory import PREFIXES_AT_ONCE, ExpertDirectory, Provider
 from p2pmoe.identity import Identity
-from p2pmoe.types import Endpoint
+from p2pmoe.types import Endpoint, PeerId
 
 HERE = Endpoint("127.0.0.1", 8080)
 FFN, NOP = "ab" * 32, "cd" * 32
@@ -299,3 +299,27 @@ def test_from_threads_with_loops_of_their_own(directories):
 def test_the_directory_needs_no_torch():
     code = "import sys, p2pmoe.experts.directory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 0
+
+
+async def test_a_strangers_thousands_of_empty_prefixes_do_not_hide_the_others(monkeypatch, caplog):
+    """Four strangers name 3,200 each; time is up after the first reads of the second level."""
+    directory = ExpertDirectory(DHTNode(Identity.generate()), search_s=0.0)
+
+    def provider(name: str, digest: str = "") -> Provider:
+        return Provider(PeerId(name), HERE, digest, 9e9, 1)
+
+    strangers = [(provider(f"stranger-{each}"),) for each in range(4)]
+    root = {number: strangers[number % 4] for number in range(4 * 3200)}
+    root |= {20_000 + number: (provider("bob"),) for number in range(40)}
+    asked = []
+
+    async def get_prefixes(prefixes):
+        asked.extend(prefixes)
+        found = {prefix: {0: (provider("bob", FFN),)} if int(prefix[4:-1] or 0) >= 20_000 else {} for prefix in prefixes}
+        return found | ({"ffn.": root} if "ffn." in prefixes else {})
+
+    monkeypatch.setattr(directory, "get_prefixes", get_prefixes)
+    found = await directory.find_experts("ffn.*")
+    assert [each.uid for each in found] == [f"ffn.{20_000 + number}.0" for number in range(40)]
+    assert len(asked) == 1 + PREFIXES_AT_ONCE
+    assert f"{4 * 3200 + 40 - PREFIXES_AT_ONCE} are left out" in caplog.text

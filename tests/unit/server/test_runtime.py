@@ -597,3 +597,18 @@ async def test_a_result_waits_only_for_other_calls_of_its_own_caller(
     finally:
         device.go.set()
         await asyncio.to_thread(runtime.close)
+
+
+async def test_pools_with_nothing_to_do_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits is asked for after every batch: of ten thousand pools only those with something are looked at."""
+    pools = [TaskPool(lambda x: (x,), uid=str(index)) for index in range(10_000)]
+    runtime = Runtime(pools)
+    looked: list[str] = []
+    monkeypatch.setattr(TaskPool, "__len__", lambda pool: looked.append(pool.uid) or len(pool._queue))
+    assert runtime.tasks_waiting == 0
+    pools[7].submit((torch.ones(1, 1),))
+    pools[7].submit((torch.ones(1, 1),))
+    assert runtime.tasks_waiting == 2
+    assert looked == ["7"]
+    monkeypatch.undo()
+    runtime.close()
