@@ -315,7 +315,8 @@ async def test_a_strangers_thousands_of_empty_prefixes_do_not_hide_the_others(mo
 
     async def get_prefixes(prefixes):
         asked.extend(prefixes)
-        found = {prefix: {0: (provider("bob", FFN),)} if int(prefix[4:-1] or 0) >= 20_000 else {} for prefix in prefixes}
+        experts = {0: (provider("bob", FFN),)}
+        found = {prefix: experts if int(prefix[4:-1] or 0) >= 20_000 else {} for prefix in prefixes}
         return found | ({"ffn.": root} if "ffn." in prefixes else {})
 
     monkeypatch.setattr(directory, "get_prefixes", get_prefixes)
