@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
@@ -35,6 +35,9 @@ from p2pmoe.training.tasks import TASKS, MakeTask, find_task
 if TYPE_CHECKING:
     from p2pmoe.client.swarm import Swarm
     from p2pmoe.training.session import Result, SessionOptions
+
+ALIVE_TIMEOUT_S: Final = 1.0
+"""Training waits while the experts are counted."""
 
 
 def train(
@@ -115,18 +118,20 @@ def train_with_display(swarm: Swarm, make_task: MakeTask, options: SessionOption
     """Run a session and show it on the console."""
     from p2pmoe.training.session import run_session
 
-    with open_display(console, options.steps, alive_counter(swarm, options.uid_prefix)) as display:
+    with open_display(console, options.steps, alive_counter(swarm, options.uid_prefix, options.grid)) as display:
         return run_session(swarm, make_task, options, on_step=display.show)
 
 
-def alive_counter(swarm: Swarm, uid_prefix: str) -> Callable[[], int]:
-    """Counts distinct uids of live experts; answered from the directory's cache most of the time."""
+def alive_counter(swarm: Swarm, uid_prefix: str, grid: Sequence[int]) -> Callable[[], int]:
+    """Counts distinct uids of the grid that somebody serves; answered from the directory's cache most of the time."""
+    from p2pmoe.client.offers import read_offers
     from p2pmoe.errors import RemoteError
 
     def count() -> int:
         try:
-            return len({record.uid for record in swarm.find_experts(f"{uid_prefix}.")})
+            offers = swarm.run(read_offers(swarm.directory, uid_prefix, ALIVE_TIMEOUT_S, within=grid))
         except RemoteError:
             return 0
+        return len({offer.uid for offer in offers})
 
     return count

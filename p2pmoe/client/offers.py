@@ -9,17 +9,20 @@ from typing import Final
 from p2pmoe.client.beam_search import read_within
 from p2pmoe.client.directory import Directory
 from p2pmoe.experts.directory import Children, Provider
-from p2pmoe.experts.offers import Offer, network_of
+from p2pmoe.experts.offers import Offer, is_inside, network_of
 from p2pmoe.experts.uid import MAX_COORDINATES, ExpertUid, prefix_of
 
 MAX_PREFIXES: Final = 64
 """Of each length that are read; those that most networks announce come first."""
 
 
-async def read_offers(directory: Directory, name: str, timeout_s: float, *, again: bool = False) -> list[Offer]:
+async def read_offers(
+    directory: Directory, name: str, timeout_s: float, *, again: bool = False, within: Sequence[int] | None = None
+) -> list[Offer]:
     """Every offer below a name, of any number of coordinates; at most 64 prefixes of each length are read.
 
-    `again` reads from the network, whatever is cached.
+    `again` reads from the network, whatever is cached. With a grid that offers must lie `within`, all prefixes of that
+    grid are read and no others.
 
     Raises as `Directory.get_prefixes`. What does not come in time is left out.
     """
@@ -40,8 +43,15 @@ async def read_offers(directory: Directory, name: str, timeout_s: float, *, agai
                 for child, providers in children.items()
                 if (voices := _voices(providers)) and len(start) + 1 < MAX_COORDINATES
             ]
-        level = [coordinates for _, coordinates in sorted(below)[:MAX_PREFIXES]]
-    return offers
+        if within is None:
+            level = [coordinates for _, coordinates in sorted(below)[:MAX_PREFIXES]]
+        else:
+            level = [coordinates for _, coordinates in below if _leads_into(coordinates, within)]
+    return offers if within is None else [offer for offer in offers if is_inside(offer.uid, within)]
+
+
+def _leads_into(coordinates: Sequence[int], grid: Sequence[int]) -> bool:
+    return len(coordinates) < len(grid) and all(number < size for number, size in zip(coordinates, grid, strict=False))
 
 
 def _offers(name: str, start: tuple[int, ...], children: Children) -> list[Offer]:

@@ -212,7 +212,9 @@ class Swarm:
 
         `again` reads the records from the network, whatever is cached.
         """
-        providers = self.trust.order(await self.directory.find_providers(uid, again=again), uid)
+        found = await self.directory.find_providers(uid, again=again)
+        # Not the newest first, which changes with every refresh: two trainers would train two twins by turns.
+        providers = self.trust.order(tuple(sorted(found, key=lambda each: each.peer_id)), uid)
         if not providers:
             raise self._not_found(uid)
         return providers

@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from swarm_kit import World, grid_backends, make_backend, open_world
 from torch import nn
 
 import p2pmoe
+from p2pmoe.cli.train import alive_counter
 from p2pmoe.client import grid_finder
 from p2pmoe.client.acquaintance import Acquaintance
+from p2pmoe.client.offers import read_offers
 from p2pmoe.errors import ExpertNotFoundError, ExpertsUnavailableError, SchemaError
 from p2pmoe.experts.directory import Provider
 from p2pmoe.experts.offers import FULL_AGE_S, Offer, network_of, weigh_schemas
@@ -327,3 +330,27 @@ def test_what_is_read_to_find_the_schema_is_bounded() -> None:
         assert asked[0] == 1
         assert max(asked) <= 64
         assert len(asked) <= 4
+
+
+def test_what_is_counted_while_training_is_the_callers_grid() -> None:
+    with open_world({"alice": grid_backends()}) as world:
+        for number in range(3000):
+            world.directory.announce(f"ffn.{number}.{number + 2}.0", ghosts(["mallory"], "ab" * 8)[0])
+        assert alive_counter(world.swarm, "ffn", (2, 2))() == 4
+        read = world.swarm.run(read_offers(world.directory, "ffn", 5.0, within=(2, 2)))
+        assert sorted(str(each.uid) for each in read) == GRID
+
+
+def test_of_two_that_are_equally_known_everybody_asks_the_same_one() -> None:
+    with open_world({"alice": [make_backend("ffn.0")], "bob": [make_backend("ffn.0")]}) as world:
+        for newest in ("alice", "bob"):
+            announced = [
+                replace(each, sequence=2 if each.peer_id == newest else 1)
+                for each in world.directory.cached_prefix("ffn.")[0]  # type: ignore[index]
+            ]
+            world.directory.withdraw(PeerId("alice"))
+            world.directory.withdraw(PeerId("bob"))
+            for each in sorted(announced, key=lambda each: -each.sequence):
+                world.directory.announce("ffn.0", each)
+            found = world.swarm.run(world.swarm.find_providers("ffn.0"))
+            assert [each.peer_id for each in found] == ["alice", "bob"]
