@@ -174,7 +174,7 @@ class StaticDirectory:
         return {name: tuple(peers) for name, peers in names.items() if peers}
 
     is_fixed: Final = True
-    """See `Directory`."""
+    """See `Directory`: whoever announces and withdraws here does not do so while a call waits."""
 
     def mark_unreachable(
         self,
