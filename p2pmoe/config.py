@@ -30,11 +30,11 @@ MAX_CONFIG_DEPTH: Final = 16
 """How deep tables and arrays may be nested in each other."""
 MAX_KEY_PARTS: Final = 32
 PATH_KEY: Final = "_path"
-"""How the name of every key ends that is a path; `experts.modules` lists some too."""
+"""How the name of every key ends that is a path, but for one called `path`; `experts.modules` lists some too."""
 BROADCAST: Final = ipaddress.ip_network("255.255.255.255/32")
 _PART: Final = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+"""
 _DEEP_KEY_RE: Final = re.compile(rf"(?<![\w-]){_PART}(?:\.[ \t]*+{_PART}){{{MAX_KEY_PARTS}}}")
-_OWN_KEY_RE: Final = re.compile(r"(?:[a-z_]+_path|modules): ")
+_OWN_KEY_RE: Final = re.compile(r"(?:(?:[a-z_]+_)?path|modules): ")
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 AnnouncedPort = Annotated[int, Meta(ge=1, le=65535)]
@@ -42,16 +42,22 @@ Positive = Annotated[int, Meta(gt=0)]
 NonNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 Milliseconds = Annotated[float, Meta(ge=0)]
+Fresh = Literal["never", "if_vacant", "always"]
 Rate = Annotated[float, Meta(gt=0)]
 """A number a second; no limit is infinity, in TOML `false`."""
 PeerIdText = Annotated[str, Meta(pattern="^[a-z2-7]{32}\\Z")]
 
 
+def is_path_key(key: str) -> bool:
+    """Whether a key of this name is a path."""
+    return key == "path" or key.endswith(PATH_KEY)
+
+
 class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """One table of node.toml. Immutable; unknown keys are refused.
 
-    A key that ends in `_path` is a path, and `~` in it the home folder. One text in the place of several, in Python, is
-    a list of one: its letters never are.
+    A key `path` or one that ends in `_path` is a path, and `~` in it the home folder. One text in the place of several,
+    in Python, is a list of one: its letters never are.
     """
 
     def __post_init__(self) -> None:
@@ -59,7 +65,7 @@ class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
             value = getattr(self, field)
             if isinstance(default, tuple) and not isinstance(value, tuple):
                 self._put(field, one_or_more(value))
-            if field.endswith(PATH_KEY) and value is not None:
+            if is_path_key(field) and value is not None:
                 self._put(field, _expanded(field, value))
 
     def _put(self, field: str, value: Any) -> None:
@@ -295,6 +301,9 @@ class ExpertsConfig(Section, frozen=True):
     """More keyword arguments of the expert's class."""
     seed: int | None = None
     """Makes the initial parameters of every uid reproducible."""
+    fresh: Fresh = "if_vacant"
+    """When an expert begins with new parameters: if_vacant, when no checkpoint of it is kept here; never: then the node
+    does not start; always: whatever is kept here, which the log says is thrown away."""
     modules: tuple[str, ...] = ()
     """Python modules or files (`*.py`) of your own, imported at start; they call `register_expert_class`."""
     twins: Literal["wait", "serve"] = "wait"
@@ -304,6 +313,20 @@ class ExpertsConfig(Section, frozen=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._put("modules", tuple(_expanded("modules", each) for each in self.modules))
+
+
+class StateConfig(Section, frozen=True):
+    """`[state]`: checkpoints of the experts, from which a restarted node goes on."""
+
+    path: str | None = None
+    """A folder of this node alone, made at its first start. None: nothing is kept; `p2pmoe node` keeps it beside its
+    key."""
+    keep: Annotated[int, Meta(ge=2)] = 2
+    """Checkpoints of each expert that stay."""
+    every_s: Seconds = 10.0
+    """A checkpoint is written at most so long after an update that is in none."""
+    every_updates: Positive = 50
+    """And after so many updates."""
 
 
 class LogConfig(Section, frozen=True):
@@ -336,6 +359,7 @@ class NodeConfig(Section, frozen=True):
     limits: LimitsConfig = LimitsConfig()
     access: AccessConfig = AccessConfig()
     admin: AdminConfig = AdminConfig()
+    state: StateConfig = StateConfig()
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
@@ -506,7 +530,7 @@ def _put_beside(folder: Path, tree: dict[str, Any]) -> None:
     for key, value in tree.items():
         if isinstance(value, dict) and key != "options":  # those are the class's own affair
             _put_beside(folder, value)
-        elif key.endswith(PATH_KEY) and isinstance(value, str):
+        elif is_path_key(key) and isinstance(value, str):
             tree[key] = beside(folder, value)
         elif key == "modules" and isinstance(value, list):
             tree[key] = [

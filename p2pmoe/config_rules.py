@@ -101,7 +101,7 @@ def _paths(settings: Settings, table: str = "") -> Iterator[tuple[str, str]]:
     for key, value in settings.items():
         if isinstance(value, Mapping) and key != "options":
             yield from _paths(value, f"{table}{key}.")
-        elif key.endswith("_path") and value is not None:
+        elif (key == "path" or key.endswith("_path")) and value is not None:
             yield table + key, value
 
 

@@ -14,6 +14,7 @@
     │   ├── UnexpectedError         a callback or a task of this process raised what nobody foresaw
     │   ├── TorchModeError          torch is to record, transform or differentiate what it cannot see: a remote call
     │   ├── NotPicklableError       an object with threads and connections was to be pickled
+    │   ├── StateError              a kept expert is torn, tampered with, or another one than is to be hosted
     │   ├── MemoryRefusedError      the system gives this process no memory for a tensor
     │   └── ClosedError             used after close()
     │       └── ForkedError         used in a process that was forked from the one that opened it
@@ -136,6 +137,12 @@ class TorchModeError(LocalError, RuntimeError):
 
 class NotPicklableError(LocalError, TypeError):
     """An object that holds threads and connections was to be pickled."""
+
+
+class StateError(LocalError):
+    """What is kept of an expert cannot be read, cannot be written, or belongs to another expert than is hosted."""
+
+    exit_code = 8
 
 
 class MemoryRefusedError(LocalError, MemoryError):

@@ -42,6 +42,7 @@ from p2pmoe.server.exposition import render_experts
 from p2pmoe.server.handlers import ExpertHandlers
 from p2pmoe.server.heartbeat import Heartbeat, describe_experts
 from p2pmoe.server.hosting import check_limits, make_backends
+from p2pmoe.server.keeping import Keeping
 from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.runtime import Runtime
 from p2pmoe.server.screening import guard_experts
@@ -63,6 +64,8 @@ class Node:
     Raises (from `start`):
         ConfigError, InvalidUidError: a setting is wrong.
         IdentityError: the key file, the swarm key or the delegation cannot be used.
+        StateError: a checkpoint belongs to another expert than is to be hosted, none of an expert's is whole, or
+            another node uses the folder.
         AddressInUseError: a port is taken.
         BootstrapError: none of `dht.initial_peers` answered.
     """
@@ -92,6 +95,8 @@ class Node:
         self.directory: ExpertDirectory | None = None
         self.announcer: Announcer | None = None
         self.handlers: ExpertHandlers | None = None
+        self._keeping: Keeping | None = None
+        self._close_by = 0.0
         self._begun = self._is_parents = False
         forks.tell(self)
         self.stage = "settings"
@@ -151,6 +156,7 @@ class Node:
             self.handlers.drain()
         if not drain:
             self._drain_timeout_s = 0.0
+        self._close_by = time.monotonic() + self._drain_timeout_s
         await parts.aclose()
 
     async def __aenter__(self) -> Self:
@@ -183,6 +189,9 @@ class Node:
             self.backends = self._given + made
             check_limits(self.backends, config.limits)
             guard_experts(self.backends, config.gate, self.metrics)
+        self._keeping = Keeping(config.state, config.experts.fresh, config.dht.swarm_id)
+        self._keeping.restore(self.backends)
+        parts.push_async_callback(self._stop_keeping)
         runtimes = self._start_runtimes(parts)
         self.handlers = ExpertHandlers(
             self.backends,
@@ -190,17 +199,26 @@ class Node:
             metrics=self.metrics,
             peer_id=self._identity.peer_id,
             quota=self._quota,
+            replay=self._keeping.replay,
         )
         for backend in self.backends:
             for pool in backend.get_pools():
                 runtimes[str(backend.device)].add(pool)
+        self._keeping.start(self.handlers, {backend: runtimes[str(backend.device)] for backend in self.backends})
         self.stage = "http"
         await self._start_http(parts, self.handlers)
         self.stage = "dht"
         await self._start_dht(parts, self._identity)
         self.stage = "serving"
         self._watch(runtimes)
+        self._keeping.watch(self.metrics)
         self._start_heartbeat(parts)
+
+    async def _stop_keeping(self) -> None:
+        """Within what is left of the drain timeout, and a second of it at least."""
+        keeping = _started(self._keeping)
+        left_s = max(1.0, self._close_by - time.monotonic())
+        await _in_thread(partial(keeping.close, left_s))
 
     def _start_runtimes(self, parts: contextlib.AsyncExitStack) -> dict[str, Runtime]:
         if (twice := first_repeated(backend.name for backend in self.backends)) is not None:

@@ -30,6 +30,7 @@ EXIT_CODES: Final = {
     5: "a port is taken or not allowed",
     6: "the swarm: a peer is unreachable, silent, or answered with an error",
     7: "nothing found: no such expert is alive",
+    8: "kept experts: a checkpoint cannot be used, or belongs to another expert",
     129: "SIGHUP: the terminal has gone (a node drains and ends with 0); the parent of --exit-with-parent has ended",
     130: "Ctrl-C (a node: the second one)",
     143: "SIGTERM (a node: the second one)",

@@ -17,6 +17,7 @@ from p2pmoe.cli.joining import NO_EXPERTS, explain, free_experts, join_line
 from p2pmoe.cli.logs import set_up_logs
 from p2pmoe.cli.output import print_json
 from p2pmoe.cli.own_identity import own_identity_path
+from p2pmoe.cli.own_state import with_own_state
 from p2pmoe.cli.process import prepare_process
 from p2pmoe.cli.settings import load_node_config, read_value, split_lists
 from p2pmoe.cli.stopping import StopSignals, exit_with_parent
@@ -89,6 +90,15 @@ def node(
     temporary: Annotated[
         bool, typer.Option("--temporary-identity", help="A key that ends with this node; for nodes of a moment.")
     ] = False,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            "--state", metavar="FOLDER", help="Checkpoints of the experts; without it a folder beside the key."
+        ),
+    ] = None,
+    fresh: Annotated[
+        str | None, typer.Option(help="When experts begin anew: if_vacant (no checkpoint is kept), never, always.")
+    ] = None,
     swarm_id: SwarmId = None,
     owner: Owner = None,
     delegation: Annotated[
@@ -134,6 +144,7 @@ def node(
         "dht.delegation_path": delegation,
         "access.swarm_key_path": swarm_key,
         "devices": split_lists(device),
+        "experts.fresh": fresh,
         "experts.hidden_dim": hidden_dim,
         "experts.kind": kind,
         "experts.modules": tuple(modules) if modules else None,
@@ -147,6 +158,7 @@ def node(
         "identity_path": identity,
         "log.format": log_format,
         "log.level": log_level,
+        "state.path": state,
         "torch_threads": torch_threads,
     }
     settings = load_node_config(config, flags)
@@ -156,6 +168,7 @@ def node(
     with contextlib.nullcontext() if temporary or settings.identity_path else own_identity_path() as own:
         if own is not None or temporary:
             settings = msgspec.structs.replace(settings, identity_path=str(own) if own else None)
+        settings = with_own_state(settings)
         asyncio.run(_serve(settings, as_json=as_json))
 
 

@@ -9,9 +9,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from p2pmoe.errors import ConfigError
+from p2pmoe.file_lock import lock_file
 from p2pmoe.files import expand_home
 
 logger = logging.getLogger(__name__)
@@ -60,24 +61,7 @@ def _claim(held: contextlib.ExitStack) -> Path | None:
         name = "identity" if number == 1 else f"identity-{number}"
         # The lock is not on the key file itself: Windows would let nobody read that.
         lock = held.enter_context((folder / f"{name}.lock").open("ab"))
-        if _lock(lock):
+        if lock_file(lock):
             return folder / f"{name}.pem"
         lock.close()
     return None
-
-
-def _lock(file: IO[bytes]) -> bool:
-    """Whether the file is ours now. The system gives it back when we end, however that is."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True

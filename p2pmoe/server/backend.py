@@ -22,6 +22,7 @@ from p2pmoe.protocol.schema import (
     format_schema,
     schema_digest,
 )
+from p2pmoe.server.birth import birth_of
 from p2pmoe.server.buffers import KeptBuffers
 from p2pmoe.server.module_state import Evaluating, seeded
 from p2pmoe.server.optimizers import NoOptimizer, check_optimizer
@@ -93,14 +94,14 @@ class ExpertBackend(nn.Module):
         inputs: tuple[BatchTensorProto, ...] = nested_flatten(self.forward_schema)
         self._outputs = ExpectedOutputs(name, outputs_schema, self.findings.dtypes, inputs)
         self._modules_of_expert = list(expert.modules())
-        self.backward_schema = (self.forward_schema, outputs_schema)
+        self.backward_schema, self.grad_inputs_schema = (self.forward_schema, outputs_schema), self.forward_schema
         self._pack_backward = nested_packer(self.backward_schema)
-        self.grad_inputs_schema = self.forward_schema
         self.schema_digest = schema_digest(self.forward_schema, outputs_schema)
         self.update_count = 0
         """Optimizer steps applied since the expert was made."""
-        self._computing = threading.Lock()
-        self._works_in_place = self.findings.works_in_place
+        self.birth = birth_of(expert, self.opt)
+        """What it was when it was made; whose checkpoints are its own."""
+        self._computing, self._works_in_place = threading.Lock(), self.findings.works_in_place
         with torch.inference_mode(False):  # other threads write to these copies
             self.kept = KeptBuffers(expert, self.findings.rewritten)
         """What passes write besides parameters; a batch that trains changes them, nothing else does."""
@@ -216,7 +217,7 @@ class ExpertBackend(nn.Module):
         return not isinstance(self.opt, NoOptimizer)
 
     def get_info(self) -> dict[str, Any]:
-        """Schemas and keyword names, as the seed gives them, and the number of updates."""
+        """Schemas and keyword names, as the seed gives them, and how old it is: incarnation and number of updates."""
         return {
             "forward_schema": self.forward_schema,
             "outputs_schema": self.outputs_schema,
@@ -224,7 +225,18 @@ class ExpertBackend(nn.Module):
             "schema_digest": self.schema_digest,
             "repeatable": self.findings.repeatable,
             "updates": self.update_count,
+            "incarnation": self.birth.incarnation,
         }
+
+    @contextlib.contextmanager
+    def at_rest(self, timeout_s: float = -1.0) -> Iterator[bool]:
+        """While the block runs no pass does; False when one still did after `timeout_s`."""
+        is_ours = self._computing.acquire(timeout=timeout_s)
+        try:
+            yield is_ours
+        finally:
+            if is_ours:
+                self._computing.release()
 
     def get_pools(self) -> Sequence[TaskPool]:
         """The forward and the backward pool."""

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from p2pmoe.server.gate import NormGate
 
@@ -111,6 +112,22 @@ class GradientLimit:
         value = math.log(norm)
         own.learn(value)
         return 0 if passes else self._halvings(value, own.center)
+
+    def get_state(self) -> dict[str, Any]:
+        """What it has learnt of the expert and of its callers, as JSON."""
+        callers = [[key, own.calls, own.center, own.refusals] for key, own in self._callers.items()]
+        return {"norms": self._norms.get_state(), "callers": callers}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what another one has learnt. Raises KeyError, TypeError, ValueError for no such state."""
+        callers: OrderedDict[str, CallerScale] = OrderedDict()
+        for key, calls, center, refusals in state["callers"][-MAX_CALLERS:]:
+            own = callers[str(key)] = CallerScale()
+            own.calls, own.center, own.refusals = int(calls), float(center), int(refusals)
+            if not math.isfinite(own.center):
+                raise ValueError(f"{center} is no norm's logarithm")
+        self._norms.set_state(state["norms"])
+        self._callers = callers
 
     # -- private
 

@@ -12,8 +12,9 @@ What the norm gate tells and what it does not (docs/adr/0007-gradient-gate.md; w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -144,6 +145,17 @@ class NormGate:
         self._learn(distance)
         return distance <= self._reach
 
+    def get_state(self) -> dict[str, Any]:
+        """What it has learnt, as JSON."""
+        return {"first": list(self._first), "center": self._center, "streak": self._streak}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what another one has learnt. Raises KeyError, TypeError, ValueError for no such state."""
+        first, center, streak = [*map(_number, state["first"])], state["center"], int(state["streak"])
+        self._first = first[: self._warmup_calls]
+        self._center = None if center is None else _number(center)
+        self._streak = max(-_MAX_STREAK, min(_MAX_STREAK, streak))
+
     # -- private
 
     def _begin(self, value: float) -> None:
@@ -162,6 +174,13 @@ class NormGate:
             self._streak = self._streak + side if self._streak * side > 0 else side
             size = _STEP * _FAR_SHARE * 2.0 ** (min(abs(self._streak), _MAX_STREAK) / _FAR_CALLS)
         self._center += math.copysign(min(size, abs(distance)), distance)
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no norm's logarithm")
+    return number
 
 
 def _exp(value: float) -> float:

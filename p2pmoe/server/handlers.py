@@ -9,7 +9,7 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ from p2pmoe.server.listing import ExpertListing
 from p2pmoe.server.quota import CallerQuota
 from p2pmoe.server.replay import ReplayWindow
 from p2pmoe.server.runtime import Runtime
-from p2pmoe.server.task_pool import Batch, TaskPool
+from p2pmoe.server.task_pool import Batch, Task, TaskPool
 from p2pmoe.server.trial import FREE_SIZE, Findings
 from p2pmoe.types import LOCAL_CALLER, SEED_BITS, Caller, Manner, Mode
 
@@ -104,6 +104,8 @@ class ExpertHandlers:
         }
         self._stats = {plan.pool.uid: metrics.stats(uid, direction) for (uid, direction), plan in self._passes.items()}
         self._listing = ExpertListing(self.backends, peer_id, self._answered)
+        self.on_applied: Callable[[str, Sequence[Task]], None] | None = None
+        """Told of an expert and the backward calls that it has just seen, on the device thread."""
         self._draining = False
         self._last_ready = (0.0, False)
 
@@ -190,8 +192,11 @@ class ExpertHandlers:
         stats.compute_seconds.observe(seconds)
         stats.batch_rows.observe(batch.rows)
         stats.queue_seconds.observe(batch.taken_at - min(task.arrived for task in batch.tasks))
-        if stats.direction == "backward" and self.backends[stats.expert].is_trained:
-            stats.updates += 1
+        if stats.direction == "backward":
+            if self.backends[stats.expert].is_trained:
+                stats.updates += 1
+            if self.on_applied is not None:
+                self.on_applied(stats.expert, batch.tasks)
 
     # -- private
 
@@ -212,7 +217,9 @@ class ExpertHandlers:
         repeated = self._replay.repeat(header.id, header.model_name)
         if repeated is not None:
             return repeated
-        task = plan.pool.submit(frame.tensors, deadline=deadline, caller=caller.key, manner=manner, alone=alone)
+        task = plan.pool.submit(
+            frame.tensors, deadline=deadline, caller=caller.key, manner=manner, alone=alone, call_id=header.id
+        )
         return self._replay.first(header.id, header.model_name, plan.pool, task)
 
     def _plan(self, header: RequestHeader) -> _Pass:

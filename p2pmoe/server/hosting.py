@@ -17,6 +17,7 @@ from p2pmoe.experts.uid import expand_patterns, first_repeated
 from p2pmoe.protocol.nested import nested_flatten
 from p2pmoe.protocol.schema import BatchTensorProto
 from p2pmoe.server.backend import ExpertBackend
+from p2pmoe.server.birth import Origin
 from p2pmoe.server.layers import make_expert
 from p2pmoe.server.optimizers import make_optimizer
 from p2pmoe.server.trial import materialize
@@ -57,11 +58,11 @@ def make_backends(
         device = devices[index % len(devices)]
         module = _to_device(module, device)
         trained = make_optimizer(module.parameters(), optimizer)
-        backends.append(
-            ExpertBackend(
-                uid, module, trained, args_schema=args_schema, kwargs_schema=kwargs_schema, device=device, **options
-            )
+        backend = ExpertBackend(
+            uid, module, trained, args_schema=args_schema, kwargs_schema=kwargs_schema, device=device, **options
         )
+        backend.birth.origin = Origin(experts.kind, experts.hidden_dim, dict(experts.options))
+        backends.append(backend)
     return backends
 
 

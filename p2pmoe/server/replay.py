@@ -11,14 +11,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from p2pmoe.errors import ReplayConflictError
 from p2pmoe.rpc.base import Flat
 from p2pmoe.rpc.prompt import PromptFuture, when_done
 from p2pmoe.server.task_pool import Task, TaskPool
+
+WINDOW_S: Final = 120.0
+"""How long an id is remembered."""
+MAX_IDS: Final = 100_000
 
 
 @dataclass(slots=True, eq=False)
@@ -38,9 +43,9 @@ class ReplayWindow:
     def __init__(
         self,
         *,
-        window_s: float = 120.0,
+        window_s: float = WINDOW_S,
         max_bytes: int = 32 * 1024 * 1024,
-        max_ids: int = 100_000,
+        max_ids: int = MAX_IDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._window_s = window_s
@@ -72,6 +77,18 @@ class ReplayWindow:
         self._entries[call_id] = entry
         when_done(task.future, partial(self._answer, call_id, entry))
         return self._wait_for(call_id, entry, task.future)
+
+    def restore(self, applied: Iterable[tuple[str, str, float]], pool_of: Callable[[str], TaskPool]) -> None:
+        """Refuse to repeat calls of an earlier run of the node, whose answers are gone.
+
+        Args:
+            applied: ids, uids, and how many seconds ago.
+            pool_of: the backward pool of a uid.
+        """
+        now = self._clock()
+        for call_id, uid, age_s in sorted(applied, key=lambda each: -each[2]):
+            if age_s < self._window_s:
+                self._entries.setdefault(call_id, _Entry(uid, pool_of(uid), None, now - age_s, None))
 
     # -- private
 

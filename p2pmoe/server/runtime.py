@@ -12,11 +12,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from p2pmoe import forks
 from p2pmoe.errors import CallError, DrainingError, ExpertFailedError, ExpiredCallError, describe
-from p2pmoe.faults import unexpected
+from p2pmoe.faults import attempt, unexpected
 from p2pmoe.rpc.doorbell import Doorbell
 from p2pmoe.server.computing import BatchObserver, Computing, Failed
 from p2pmoe.server.devices import Staged, open_device
@@ -59,6 +59,7 @@ class Runtime:
         self._outbox = Outbox(lambda: bool(self.tasks_running or self.tasks_waiting))
         self._computed_since_trim = True  # making experts leaves freed memory too
         self._thread: threading.Thread | None = None
+        self._jobs: deque[Callable[[], None]] = deque()
         for pool in pools:
             self.add(pool)
         forks.tell(self)
@@ -128,6 +129,18 @@ class Runtime:
             self._rung = True
             self._bell.ring()
 
+    def between_batches(self, job: Callable[[], None]) -> None:
+        """Run `job` on the device thread before the next batch is taken; it must not raise. Any thread.
+
+        One job a batch, so that many of them hold up no call for long. Once the device thread has ended, whoever asks
+        runs it: nothing computes then.
+        """
+        self._jobs.append(job)
+        if self._thread is not None and self._thread.is_alive():
+            self.wake()
+        else:
+            self._run_jobs()
+
     def became_a_child(self) -> None:
         """See `forks`: the device thread stayed in the parent, and nobody would compute."""
         if self._thread is not None:
@@ -168,13 +181,15 @@ class Runtime:
 
     def _turn(self, computing: Computing, staged: Staged | None) -> Staged | None:
         """Wait for a batch, or compute the one that is staged; the batch staged meanwhile."""
+        if self._jobs and staged is None:
+            self._run_job()
         if staged is None:
             batch = self._wait_for_batch()
             return None if batch is None else self._stage(computing, batch)
         started = time.perf_counter()
         batch, tasks = staged.batch, staged.batch.tasks
         launched = computing.launch(staged)
-        following = self._take_now()[0] if computing.prefetches else None
+        following = self._take_now()[0] if computing.prefetches and not self._jobs else None
         following = following if following is not None and computing.take(following) else None
         prepared = None if following is None else computing.stage(following)
         failure = launched if isinstance(launched, Failed) else computing.finish(launched, started)
@@ -208,6 +223,18 @@ class Runtime:
             self._ended = error = ExpertFailedError(f"device {self.device} has stopped: {reason}; restart the node")
             tasks += self._drain_pools()
         self._outbox.put(tasks, [error] * len(tasks), may_wait=False)
+        self._run_jobs()
+
+    def _run_jobs(self) -> None:
+        while self._jobs:
+            self._run_job()
+
+    def _run_job(self) -> None:
+        try:
+            job = self._jobs.popleft()
+        except IndexError:  # another thread was quicker
+            return
+        attempt("a job between two batches", job)
 
     def _drain_pools(self) -> list[Task]:
         self._waiting.clear()  # first: what comes from now on is told of again

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -157,6 +157,15 @@ class PassGate:
             f"{'The expert was changed' if self._stepped else 'Nothing was changed'} by this call, whose largest "
             f"value is {magnitude(task.tensors):.3g}; send smaller ones. If they are small, ask another provider"
         )
+
+    def get_state(self) -> dict[str, Any] | None:
+        """What it has learnt, as JSON; None where it learns nothing."""
+        return None if self._limit is None else self._limit.get_state()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what another one has learnt. Raises KeyError, TypeError, ValueError for no such state."""
+        if self._limit is not None:
+            self._limit.set_state(state)
 
     # -- private
 

@@ -47,6 +47,8 @@ class Task:
     is_probe: bool = False
     """It asks whether the expert works: nothing is counted for it."""
     taken: bool = False
+    call_id: str = ""
+    """Of a call that must not be applied twice."""
     halvings: int = 0
     """How often its gradients were halved before they were batched; its results are doubled as often."""
 
@@ -203,6 +205,7 @@ class TaskPool:
         manner: Manner = PLAIN_MANNER,
         alone: bool = False,
         is_probe: bool = False,
+        call_id: str = "",
     ) -> Task:
         """`submit_task` without waking the device: several calls that arrive together share a batch.
 
@@ -217,7 +220,7 @@ class TaskPool:
         key: Hashable = None if alone or manner.seed is not None else manner
         if key is not None and self.splits_by_shape:
             key = (manner, *(tensor.shape[1:] for tensor in tensors))
-        task = Task(tensors, rows, future, self._clock(), deadline, caller, manner, key, is_probe)
+        task = Task(tensors, rows, future, self._clock(), deadline, caller, manner, key, is_probe, call_id=call_id)
         with self._lock:
             if len(self._queue) >= self.max_queue_size:
                 self._make_room(task)
