@@ -110,7 +110,8 @@ class KeptBuffers:
         )
 
     def _now(self, key: _Key) -> torch.Tensor | None:
-        return self._buffers[key[0]].get(key[1])
+        buffers, name = self._buffers[key[0]], key[1]
+        return buffers[name] if name in buffers else None  # noqa: SIM401 - those of scripted modules have no get
 
     def _touched(self) -> list[tuple[_Key, torch.Tensor]]:
         """Buffers that a pass may have written, replaced or added."""

@@ -112,6 +112,7 @@ def untouched(module: nn.Module) -> Iterator[list[tuple[nn.Parameter, torch.Tens
         (register, dict(register))
         for each in modules
         for register in (each._parameters, each._buffers, each._modules)  # noqa: SLF001
+        if isinstance(register, dict)  # of a scripted module they are views, into which nothing new can be put
     ]
     attributes = [dict(vars(each)) for each in modules]
     try:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 from p2pmoe import BatchTensorProto as P
 from p2pmoe.errors import SchemaError
 from p2pmoe.protocol.nested import nested_flatten
+from p2pmoe.server.module_state import evaluating
 
 
 class Call(nn.Module):
@@ -318,6 +319,48 @@ def test_compiled_experts_follow_modes() -> None:
     assert plain.training
     assert plain[1].training
     assert plain[1].num_batches_tracked == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", ["script", "trace", "a scripted part"])
+def test_scripted_experts_train_as_they_do_locally(how: str) -> None:
+    """Their registers are no dicts: the dummy run ended with an AttributeError."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        if how == "trace":
+            return torch.jit.trace(module, torch.randn(3, 4))  # noqa: TID251 - the owner's own module
+        scripted = torch.jit.script(module)  # noqa: TID251
+        return scripted if how == "script" else nn.Sequential(scripted, nn.Linear(4, 4))
+
+    local, backend = make(), make_backend("ffn.0", make())
+    optimizer = torch.optim.SGD(local.parameters(), lr=0.1)
+    for seed in range(3):
+        x, gradient = torch.randn(3, 4), torch.randn(3, 4)
+        backend.forward(torch.randn(5, 4))  # leaves nothing behind
+        leaf = x.clone().requires_grad_()
+        local(leaf).backward(gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(backend.backward(x, gradient), (leaf.grad,))
+        for (key, mine), other in zip(local.state_dict().items(), backend.expert.state_dict().values(), strict=True):
+            torch.testing.assert_close(mine, other, msg=f"{key} after step {seed}")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_dropout_follows_modes() -> None:
+    module = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)))  # noqa: TID251
+    backend = make_backend("ffn.0", module)
+    assert backend.findings.draws == {"train"}
+    x = torch.randn(8, 4)
+    with evaluating(list(module.modules())):
+        evaluated = module(x)
+    assert module.training
+    assert same_bits(evaluated, module[0](x))
+    torch.manual_seed(5)
+    (dropped,) = backend.forward(x)
+    assert 0 < int((dropped == 0).sum()) < dropped.numel()
 
 
 @pytest.mark.parametrize("wrap", [nn.utils.spectral_norm, parametrizations.spectral_norm, parametrizations.weight_norm])
