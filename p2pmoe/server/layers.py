@@ -5,15 +5,16 @@ The built-in ones are float32 whatever torch's default dtype is: a swarm has one
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from p2pmoe.errors import ConfigError, SchemaError
+from p2pmoe.errors import ConfigError, P2PMoEError, SchemaError, describe
 from p2pmoe.protocol.nested import nested_map
 from p2pmoe.protocol.schema import BatchTensorProto
 from p2pmoe.server.backend import DUMMY_BATCH_SIZE
@@ -78,25 +79,37 @@ def make_expert(
     """A module of a registered kind, with the schemas of its arguments.
 
     Raises:
-        ConfigError: the kind is unknown or does not take these options.
+        ConfigError: the kind is unknown, does not take these options, or is no class of modules.
+        SchemaError: its `sample_input` gives something else than tensors.
     """
     expert_class = expert_classes.get(kind)
     if expert_class is None:
         known = ", ".join(sorted(expert_classes))
         raise ConfigError(f"experts.kind: unknown kind {kind!r}; known: {known}; list your own in experts.modules")
-    try:
+    call = f"hidden_dim={hidden_dim}, {options}"
+    with _blaming(f"experts.options: {kind} does not take {call}"):
         module = expert_class.make(hidden_dim, **options)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(
-            f"experts.options: {kind} does not take hidden_dim={hidden_dim}, {options}: {error}"
-        ) from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"experts.kind: {kind} gave a {type(module).__name__}, which is no torch.nn.Module")
     args = getattr(module, "args_schema", None)
     kwargs = getattr(module, "kwargs_schema", None)
     if args is None and kwargs is None:
-        sample = expert_class.sample_input(DUMMY_BATCH_SIZE, hidden_dim)
+        with _blaming(f"experts.kind: sample_input({DUMMY_BATCH_SIZE}, {hidden_dim}) of {kind} failed"):
+            sample = expert_class.sample_input(DUMMY_BATCH_SIZE, hidden_dim)
         args, kwargs = ((), sample) if isinstance(sample, dict) else (sample, {})
         args = args if isinstance(args, tuple) else (args,)
     return module, nested_map(_as_proto, tuple(args or ())), nested_map(_as_proto, dict(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Whatever a user's code raises here becomes a ConfigError that says what was asked of it."""
+    try:
+        yield
+    except P2PMoEError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{what}: {describe(error)}") from error
 
 
 def _as_proto(value: Any) -> BatchTensorProto:

@@ -99,6 +99,39 @@ def test_a_wrong_kind_or_option_is_a_config_error(kind: str, options: dict[str, 
         make_expert(kind, 4, options)
 
 
+def make_badly(hidden: int, *, error: BaseException) -> nn.Module:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2"), KeyError("heads"), ImportError("no einops"), OSError(2, "weights.pt")]
+)
+@pytest.mark.parametrize("place", ["constructor", "sample_input"])
+def test_whatever_a_class_raises_at_start_is_a_config_error_that_names_it(error: Exception, place: str) -> None:
+    """RuntimeError and the like came out bare, `sample_input`'s TypeError too."""
+    kind = f"raises-in-{place}-{type(error).__name__}"
+    if place == "constructor":
+        register_expert_class(kind, torch.empty)(make_badly)
+        options, words = {"error": error}, f"experts.options: {kind} does not take hidden_dim=4"
+    else:
+        register_expert_class(kind, lambda batch, hidden: make_badly(hidden, error=error))(nn.Identity)
+        options, words = {}, f"experts.kind: sample_input(3, 4) of {kind} failed"
+    with pytest.raises(ConfigError) as caught:
+        make_expert(kind, 4, options)
+    assert str(caught.value).startswith(words)
+    assert str(caught.value).endswith(str(error))
+    assert caught.value.__cause__ is error
+
+
+def test_a_sample_input_of_one_argument_and_a_class_that_makes_no_module() -> None:
+    register_expert_class("one-argument", lambda hidden: torch.empty(3, hidden))(nn.Identity)
+    with pytest.raises(ConfigError, match=r"sample_input\(3, 4\) of one-argument failed: TypeError: .*positional"):
+        make_expert("one-argument", 4, {})
+    register_expert_class("no-module", torch.empty)(lambda hidden: None)
+    with pytest.raises(ConfigError, match="no-module gave a NoneType, which is no torch.nn.Module"):
+        make_expert("no-module", 4, {})
+
+
 # ---------------------------------------------------------------------------------------------- optimizers
 
 
