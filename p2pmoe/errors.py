@@ -63,6 +63,7 @@ from typing import ClassVar, Final
 _NO_MEMORY: Final = re.compile(
     r"can't allocate memory|not enough memory|out of memory|bad_alloc|cannot allocate memory", re.IGNORECASE
 )
+_NO_MEMORY_PAUSE_S: Final = 1.0
 MAX_MESSAGE_CHARS: Final = 1000
 """Of an error that a peer answered."""
 _MAX_NAME_CHARS: Final = 100
@@ -312,13 +313,16 @@ class ExpertFailedError(CallError):
 
 
 class DrainingError(CallError):
-    """The node takes no calls now, mostly because it is shutting down."""
+    """The node takes no calls now: it is shutting down, or this one not now (then there is a `retry_after_s`)."""
 
     code = 503
 
 
 class OutOfMemoryError(DrainingError, ExpertFailedError):
-    """The system gave the node no memory for this call; another node has some, or this one soon."""
+    """The system gave the node no memory for this call; another node has some, or this one soon.
+
+    It has a `retry_after_s`, by which a caller tells it from a node that leaves.
+    """
 
 
 class ExpiredCallError(CallError):
@@ -360,10 +364,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> OutOfMemoryError:
     """What a caller is told when the system refused memory for its call."""
-    return OutOfMemoryError(
+    refusal = OutOfMemoryError(
         f"the node's system gives it no memory for this call now ({_name_of(type(error))}); send fewer rows a call, or "
         f"ask another provider"
     )
+    refusal.retry_after_s = _NO_MEMORY_PAUSE_S
+    return refusal
 
 
 def shown(text: str) -> str:

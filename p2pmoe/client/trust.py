@@ -72,6 +72,8 @@ class Trust:
         honest expert gives is held against these experts of that peer; what proves a peer's lie is noted where it is
         read, once for each exchange.
         """
+        if isinstance(error, DrainingError) and error.retry_after_s is not None:
+            return  # it had no memory for this call; other calls of ours, of other threads, go on
         if isinstance(error, _LEFT_OUT):
             self._directory.mark_unreachable(
                 provider.peer_id, UNREACHABLE_S, endpoint=provider.endpoint, sequence=provider.sequence

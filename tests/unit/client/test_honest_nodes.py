@@ -23,7 +23,7 @@ from p2pmoe.client.answers import Answers
 from p2pmoe.client.calls import CallGroup, make_call
 from p2pmoe.client.directory import StaticDirectory
 from p2pmoe.client.standing import SHUN_S
-from p2pmoe.errors import DecodeError, ExpertNotFoundError, NonFiniteReplyError
+from p2pmoe.errors import DecodeError, DrainingError, ExpertNotFoundError, NonFiniteReplyError
 from p2pmoe.experts.directory import Provider
 from p2pmoe.protocol.frames import FrameLimits, FrameRefused
 from p2pmoe.rpc.http.client import HttpTransport
@@ -259,6 +259,46 @@ def test_a_refused_frame_that_nobody_waits_for_is_a_stray() -> None:
     with pytest.raises(DecodeError, match="more than 16 frames"):
         answers.refuse(refused)
     assert [error.is_proof for error in told] == [True]
+
+
+class Greedy(nn.Module):
+    """Wants more memory than there is for a row that begins with a negative number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (x[:, 0] < 0).any():
+            raise MemoryError
+        y: torch.Tensor = self.linear(x)
+        return y
+
+
+@pytest.mark.parametrize("carrier", ["memory", "http"])
+def test_a_call_that_there_is_no_memory_for_leaves_nobody_out(carrier: str) -> None:
+    """503 was taken for a node that leaves: all calls of this process to it had no provider for five seconds."""
+    backends = [make_backend("ffn.0.0", Greedy(), lr=0.0), make_backend("ffn.0.1", lr=0.0)]
+    with open_world({"alice": backends}, carrier=carrier) as world:
+        expert, other = world.swarm.expert("ffn.0.0"), world.swarm.expert("ffn.0.1")
+        for call in (lambda: expert(-X), lambda: expert.call_backward([-X], [X])):
+            with pytest.raises(DrainingError, match=r"no memory for this call now \(MemoryError\)") as caught:
+                call()
+            assert caught.value.retry_after_s == 1.0
+            assert same_bits(other(X), world.backend("ffn.0.1").expert(X))
+            assert same_bits(expert(X), world.backend("ffn.0.0").expert(X))
+        moe = world.mixture(grid_size=(1, 2), k_best=2, k_min=1)
+        alone = moe(-X)
+        torch.testing.assert_close(alone, world.backend("ffn.0.1").expert(-X))
+        assert moe(X).isfinite().all()
+        assert same_bits(expert(X), world.backend("ffn.0.0").expert(X))
+
+
+def test_a_node_that_leaves_is_left_out() -> None:
+    with open_world({"alice": [make_backend("ffn.0")]}) as world:
+        provider = world.directory.cached_prefix("ffn.")[0][0]
+        world.swarm.note_failure(provider, DrainingError("shutting down"), "ffn.0")
+        assert not world.directory.cached_prefix("ffn.")
 
 
 def test_only_pinned_tls_proves_who_answers() -> None:
