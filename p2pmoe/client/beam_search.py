@@ -13,6 +13,7 @@ Shapes: B batch, G grid size of one dimension, K beam, L levels, T columns looke
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -35,7 +36,8 @@ _MAX_TOTALS: Final = 2**22
 class Found:
     """The result of a search.
 
-    coordinates: int64 [B, K, L]; valid: bool [B, K], False where a row has fewer than K live experts; best first.
+    coordinates: int64 [B, K, L]; valid: bool [B, K], False where a row has fewer than K live experts, or its scores hold
+    NaN or infinity; best first.
     children: what the last level's prefixes hold.
     """
 
@@ -106,7 +108,8 @@ class BeamSearch:
 
     def found(self, k: int) -> Found:
         """The `k` best of each row."""
-        return Found(self._coordinates[:, :k], self._totals[:, :k] > _NEVER, self._children)
+        totals = self._totals[:, :k]
+        return Found(self._coordinates[:, :k], (totals > _NEVER) & (totals < math.inf), self._children)
 
     def barren(self) -> list[str]:
         """After the search: the prefixes that it followed and that hold nothing that counts."""

@@ -18,10 +18,10 @@ import torch
 from p2pmoe.client.beam_search import BeamSearch, Found, MaskCache, read_within
 from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.discovery import Wanted, discover
-from p2pmoe.client.patience import Patience, patiently
+from p2pmoe.client.patience import Patience, may_pass, patiently
 from p2pmoe.client.schema_choice import describe_schema
 from p2pmoe.client.swarm import Swarm
-from p2pmoe.errors import ExpertNotFoundError, P2PMoEError, PeerUnreachableError, SchemaError
+from p2pmoe.errors import ExpertNotFoundError, P2PMoEError, PeerUnreachableError
 from p2pmoe.experts.directory import Children
 from p2pmoe.experts.uid import prefix_of
 from p2pmoe.protocol.schema import format_schema
@@ -51,7 +51,7 @@ class GridFinder:
         wanted: which grid.
         in_features, out_features: the widths that experts must have; None takes any.
         beam_size, k_best: as in `RemoteMixtureOfExperts`.
-        allow_nobody: where nothing is found that fits, it is said in the log instead of raised.
+        allow_nobody: that nobody is there is said in the log instead of raised. What is there and does not fit raises.
         timeout_s: how long one search may wait for the DHT.
     """
 
@@ -92,15 +92,16 @@ class GridFinder:
     async def find(self, x: torch.Tensor, deadline: float) -> None:
         """Find the schema for an input [B, …]; see `patience` for how long somebody is waited for.
 
-        Raises as `discover`; nothing where nobody is allowed, and then nobody is waited for either.
+        Raises as `discover`. Where nobody is allowed, that nobody is there or answers raises nothing, and nobody is
+        waited for either.
         """
         fixed = self._allow_nobody or self._swarm.directory.is_fixed
         try:
             self.info = await patiently(lambda again: self._find(x, again=again), deadline, fixed=fixed)
-        except (ExpertNotFoundError, SchemaError) as error:
-            if not self._allow_nobody:
+        except P2PMoEError as error:
+            if not self._allow_nobody or not (isinstance(error, ExpertNotFoundError) or may_pass(error)):
                 raise
-            self._say_once(f"{error}; rows are zeros until that changes")
+            self.say_seldom(f"{error}; rows are zeros until that changes")
 
     async def look_again(self, x: torch.Tensor) -> None:
         """Find the schema anew; where that fails the old one stays."""
@@ -109,7 +110,7 @@ class GridFinder:
             new = await self._find(x)
         except P2PMoEError as error:
             # No reason to end a run: the experts may come back. But whoever waits for them should know.
-            self._say_once(f"some rows find no expert, and looking again failed: {error}")
+            self.say_seldom(f"some rows find no expert, and looking again failed: {error}")
             return
         self.info = new
         if old is not None and new.schema_digest != old.schema_digest:
@@ -157,7 +158,8 @@ class GridFinder:
             return f"they take {format_schema(info.inputs)}; an input of {list(x.shape)} is no batch of that"
         return None
 
-    def _say_once(self, message: str) -> None:
+    def say_seldom(self, message: str) -> None:
+        """A warning in the log, of this mixture one a minute."""
         now = time.monotonic()
         if now >= self._say_again_at:
             self._say_again_at = now + SAY_AGAIN_S

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Coroutine, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -94,8 +94,8 @@ class RemoteMixtureOfExperts(nn.Module):
         backward_k_min: experts a row whose backward pass must succeed, of those that answered forward.
         detect_anomalies: refuse non-finite inputs, and treat every non-finite answer as a failure. Without it an
             answer counts as a failure unless non-finite inputs or gradients of the caller's own explain it.
-        allow_zero_outputs: rows with fewer than k_min answers are mixed from what there is, zeros if nothing;
-            otherwise they raise.
+        allow_zero_outputs: rows with fewer than k_min answers are mixed from what there is, zeros if nothing, with a
+            line in the log; otherwise they raise. A grid or a schema that does not fit raises all the same.
         skip_non_finite: a backward pass whose gradients hold NaN or infinity sends nothing to anybody and gives NaN
             for every input, as a `torch.amp.GradScaler` needs; without it such a pass raises.
         beam_size: how many prefixes a row the search follows; at least k_best.
@@ -324,9 +324,17 @@ class RemoteMixtureOfExperts(nn.Module):
         self, batch: Batch, scores: Sequence[torch.Tensor], answers: _Answers, device: torch.device
     ) -> Any:
         outputs = self._passes.attach(answers.way, answers.results, answers.inputs)
+        if self.options.allow_zero_outputs:
+            self._say_zeros(answers)
         coordinates = answers.found.coordinates.to(device)
         weights = self._weights(scores, coordinates, answers.alive.to(device))
         return self._finish(self._mix(batch, answers.way, outputs, weights), scores, coordinates)
+
+    def _say_zeros(self, answers: _Answers) -> None:
+        empty = int((~answers.alive.any(1)).sum())
+        if empty:
+            rows, reason = len(answers.alive), answers.errors[0] if answers.errors else "no expert is alive"
+            self._finder.say_seldom(f"{self.uid_prefix}: {empty} of {rows} rows are zeros: {reason}")
 
     # What RemoteSwitchMixtureOfExperts does differently:
 
@@ -400,7 +408,23 @@ class RemoteMixtureOfExperts(nn.Module):
         cpu_scores = [score.detach().to("cpu") for score in scores]
         looked: list[str] = []
         found = yield from self._finder.search(cpu_scores, info.schema_digest, looked)
+        if not bool(found.valid.all()):
+            found = self._without_lost_rows(cpu_scores, found)
         return found, looked
+
+    def _without_lost_rows(self, scores: Sequence[torch.Tensor], found: Found) -> Found:
+        """Rows that cannot be scored have no experts, however many are alive. Raises where zeros are not allowed."""
+        lost = torch.stack([(score.isnan() | (score == math.inf)).any(1) for score in scores]).any(0)
+        rows: list[int] = (lost & ~found.valid.all(1)).nonzero().flatten().tolist()
+        if not rows:
+            return found
+        reason = "the gate's scores are NaN or infinite, because the input or the gate's parameters hold such numbers"
+        if not self.options.allow_zero_outputs:
+            raise self._passes.unavailable("forward", rows, (), reason=reason)
+        self._finder.say_seldom(f"{self.uid_prefix}: {len(rows)} of {len(lost)} rows are zeros: {reason}")
+        valid = found.valid.clone()
+        valid[rows] = False
+        return replace(found, valid=valid)
 
     def _route(self, info: ExpertInfo, found: Found, manner: Manner) -> Route:
         routing = route(found.coordinates, found.valid, self.grid_size)

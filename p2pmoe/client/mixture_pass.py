@@ -163,13 +163,20 @@ class MixturePasses:
         return short
 
     def unavailable(
-        self, direction: Pass, rows: Sequence[int], results: Sequence[Flat | P2PMoEError], gradients: Flat = ()
+        self,
+        direction: Pass,
+        rows: Sequence[int],
+        results: Sequence[Flat | P2PMoEError],
+        gradients: Flat = (),
+        *,
+        reason: str = "too few experts are alive",
     ) -> ExpertsUnavailableError:
-        """The error that names these rows and one reason, `gradients` being what a backward pass sent."""
+        """The error that names these rows and one reason: that of a result, or else `reason`.
+
+        `gradients` are what a backward pass sent.
+        """
         shown = ", ".join(map(str, rows[:_SHOWN_ROWS])) + (", …" if len(rows) > _SHOWN_ROWS else "")
-        reason = next(
-            (str(result) for result in results if isinstance(result, P2PMoEError)), "too few experts are alive"
-        )
+        reason = next((str(result) for result in results if isinstance(result, P2PMoEError)), reason)
         reason = explain(reason, gradients)
         k_min = max(1, self._options.k_min) if direction == "forward" else self._options.backward_k_min
         return ExpertsUnavailableError(
