@@ -43,7 +43,7 @@ def import_file(path: Path) -> None:
         _open_root(root, folder)
         if len(parts) > 1:
             importlib.import_module(name.rpartition(".")[0])  # noqa: TID251 - the owner names it
-        spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, str(path)))  # noqa: TID251
+        spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, str(path)))  # noqa: TID251 - the same
         assert spec is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         _Loader(name, str(path)).exec_module(module)
@@ -102,8 +102,8 @@ def _import_from(packages: tuple[str, ...]) -> Callable[..., ModuleType]:
     ) -> ModuleType:
         home = _home_of(name.partition(".")[0], packages) if level == 0 else None
         if home is None:
-            return builtins.__import__(name, globals, locals, fromlist or (), level)  # noqa: TID251
-        module = importlib.import_module(f"{home}.{name}")  # noqa: TID251
+            return builtins.__import__(name, globals, locals, fromlist or (), level)  # noqa: TID251 - its own
+        module = importlib.import_module(f"{home}.{name}")  # noqa: TID251 - its own
         if not fromlist:
             return sys.modules[f"{home}.{name.partition('.')[0]}"]
         if not hasattr(module, "__path__"):
