@@ -36,8 +36,8 @@ _MAX_TOTALS: Final = 2**22
 class Found:
     """The result of a search.
 
-    coordinates: int64 [B, K, L]; valid: bool [B, K], False where a row has fewer than K live experts, or its scores hold
-    NaN or infinity; best first.
+    coordinates: int64 [B, K, L]; valid: bool [B, K], False where a row has fewer than K live experts, or a total
+    is no number; best first.
     children: what the last level's prefixes hold.
     """
 

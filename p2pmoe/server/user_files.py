@@ -43,7 +43,7 @@ def import_file(path: Path) -> None:
         _open_root(root, folder)
         if len(parts) > 1:
             importlib.import_module(name.rpartition(".")[0])  # noqa: TID251 - the owner names it
-        spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, str(path)))  # noqa: TID251 - the same
+        spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, str(path)))  # noqa: TID251 - it
         assert spec is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         _Loader(name, str(path)).exec_module(module)

@@ -128,7 +128,7 @@ def test_a_sample_input_of_one_argument_and_a_class_that_makes_no_module() -> No
     with pytest.raises(ConfigError, match=r"sample_input\(3, 4\) of one-argument failed: TypeError: .*positional"):
         make_expert("one-argument", 4, {})
     register_expert_class("no-module", torch.empty)(lambda hidden: None)
-    with pytest.raises(ConfigError, match="no-module gave a NoneType, which is no torch.nn.Module"):
+    with pytest.raises(ConfigError, match=r"no-module gave a NoneType, which is no torch\.nn\.Module"):
         make_expert("no-module", 4, {})
 
 
