@@ -27,6 +27,7 @@ from p2pmoe.server.buffers import KeptBuffers
 from p2pmoe.server.module_state import Evaluating, seeded
 from p2pmoe.server.optimizers import NoOptimizer, check_optimizer
 from p2pmoe.server.outputs import ExpectedOutputs
+from p2pmoe.server.shared_trials import SharedTrials
 from p2pmoe.server.task_pool import TaskPool, manner_now
 from p2pmoe.server.trial import DUMMY_BATCH_SIZE, examine
 from p2pmoe.types import Mode
@@ -51,6 +52,7 @@ class ExpertBackend(nn.Module):
         outputs_schema: the same of the outputs; found by dummy runs (`trial.py`) when left out, checked by them when
             given. Floating outputs may be stated in another floating dtype, and are cast to it.
         device: where an expert without parameters and buffers is computed; others are where these are.
+        trials: what was found of experts of the same making that are alike; left out, this one has its own dummy runs.
         pool_options: batching options of both pools, see `TaskPool`.
 
     Raises:
@@ -71,6 +73,7 @@ class ExpertBackend(nn.Module):
         kwargs_schema: Mapping[str, Any] | None = None,
         outputs_schema: Any = None,
         device: torch.device | str | None = None,
+        trials: SharedTrials | None = None,
         **pool_options: Any,
     ) -> None:
         super().__init__()
@@ -88,7 +91,8 @@ class ExpertBackend(nn.Module):
         _check_trainable(name, expert)
         if outputs_schema is not None:
             _check_leaves(name, outputs_schema)
-        self.findings = examine(name, expert, self.forward_schema, self.device, outputs_schema)
+        find = examine if trials is None else trials.examine
+        self.findings = find(name, expert, self.forward_schema, self.device, outputs_schema)
         """What dummy runs showed of the expert."""
         self.outputs_schema = outputs_schema = self.findings.outputs_schema
         inputs: tuple[BatchTensorProto, ...] = nested_flatten(self.forward_schema)

@@ -20,6 +20,7 @@ from p2pmoe.server.backend import ExpertBackend
 from p2pmoe.server.birth import Origin
 from p2pmoe.server.layers import make_expert
 from p2pmoe.server.optimizers import make_optimizer
+from p2pmoe.server.shared_trials import SharedTrials
 from p2pmoe.server.trial import materialize
 from p2pmoe.server.user_files import import_file
 
@@ -47,7 +48,7 @@ def make_backends(
         "max_queue_size": batching.max_queue_size,
         "priority": batching.priority,
     }
-    backends = []
+    backends, trials = [], SharedTrials()
     for index, uid in enumerate(uids):
         # Without a seed each draws on from where the last one stopped: from one state all would begin alike.
         with torch.random.fork_rng(devices=[], enabled=experts.seed is not None):
@@ -59,7 +60,14 @@ def make_backends(
         module = _to_device(module, device)
         trained = make_optimizer(module.parameters(), optimizer)
         backend = ExpertBackend(
-            uid, module, trained, args_schema=args_schema, kwargs_schema=kwargs_schema, device=device, **options
+            uid,
+            module,
+            trained,
+            args_schema=args_schema,
+            kwargs_schema=kwargs_schema,
+            device=device,
+            trials=trials,
+            **options,
         )
         backend.birth.origin = Origin(experts.kind, experts.hidden_dim, dict(experts.options))
         backends.append(backend)
