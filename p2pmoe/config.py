@@ -441,9 +441,7 @@ class NodeConfig(Section, frozen=True):
         """Whether a key takes this value, whatever the others are. Raises ConfigError, also for an unknown key."""
         section: Any = cls
         for name in key_path.split("."):
-            fields = (
-                {field.name: field.type for field in msgspec.structs.fields(section)} if _is_section(section) else {}
-            )
+            fields = field_types(section) if _is_section(section) else {}
             if name not in fields:
                 raise ConfigError(
                     f"{source}: {key_path}: unknown key; see node.toml for every key and its default "
@@ -568,6 +566,11 @@ def _put_none(tree: dict[str, Any]) -> None:
             table[key] = value
 
 
+def field_types(section: type[msgspec.Struct]) -> Mapping[str, Any]:
+    """The types of a section's keys, in the order of the file."""
+    return _FIELD_TYPES[section]
+
+
 def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
@@ -597,3 +600,16 @@ def _readable(error: msgspec.ValidationError, key_path: str = "") -> str:
     if not key and " " in message and not message.startswith(("Expected", "Object")):  # settings that conflict
         return message
     return f"{key or 'top level'}: {message[0].lower()}{message[1:]}"
+
+
+def _all_field_types(section: type[msgspec.Struct]) -> dict[type[msgspec.Struct], dict[str, Any]]:
+    own = {field.name: field.type for field in msgspec.structs.fields(section)}
+    found = {section: own}
+    for kind in own.values():
+        if _is_section(kind):
+            found |= _all_field_types(kind)
+    return found
+
+
+_FIELD_TYPES: Final = _all_field_types(NodeConfig)
+"""Read once, when this module is: annotations are compiled for it, and nothing is while settings are read."""

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
-from p2pmoe.config import DHTConfig, NodeConfig, Section, parse_host_port, parse_toml
+from p2pmoe.config import DHTConfig, NodeConfig, Section, field_types, parse_host_port, parse_toml
 from p2pmoe.errors import ConfigError
 from p2pmoe.identity import Identity, SwarmKey
 
@@ -40,10 +40,10 @@ _CLIENT_KEYS: Final = ("initial_peers", "swarm_id", "owner", "join_timeout_s")
 
 def key_paths(section: type[msgspec.Struct] = NodeConfig, prefix: str = "") -> Iterator[str]:
     """Every key of node.toml as a dotted path, in the order of the file."""
-    for field in msgspec.structs.fields(section):
-        path = prefix + field.name
-        if isinstance(field.type, type) and issubclass(field.type, Section):
-            yield from key_paths(field.type, path + ".")
+    for name, kind in field_types(section).items():
+        path = prefix + name
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from key_paths(kind, path + ".")
         else:
             yield path
 
