@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,10 +110,13 @@ def test_the_contracts_refuse_such_an_import_anywhere(tmp_path: Path, text: str,
     head = '[tool.importlinter]\nroot_package = "p2pmoe"\ninclude_external_packages = true\n'
     joined = "".join(f"[[tool.importlinter.contracts]]{each}" for each in only)
     (tmp_path / "pyproject.toml").write_text(head + joined)
-    # The few modules that the contracts name, and one more.
-    for name in ("__init__.py", "server/__init__.py", "server/hosting.py", "server/memory.py", "training/__init__.py"):
-        _copy(tmp_path, name)
-    _copy(tmp_path, "training/tasks.py")
+    # The few modules that the contracts name, each: an exception of a module that is not there is an error.
+    named = {name for each in only for name in re.findall(r'"(p2pmoe[\w.]*) -> ', each)}
+    for module in named:
+        *folders, name = module.split(".")
+        for depth in range(len(folders)):
+            _copy(tmp_path, "/".join([*folders[1 : depth + 1], "__init__.py"]))
+        _copy(tmp_path, "/".join([*folders[1:], f"{name}.py"]) if folders else "__init__.py")
     assert _lint_imports(tmp_path)[0] == 0
     (tmp_path / "p2pmoe" / "server" / "evil.py").write_text(text)
     code, output = _lint_imports(tmp_path)
