@@ -26,7 +26,7 @@ from p2pmoe.client.graph import always_differentiable
 from p2pmoe.client.grid_finder import GridFinder
 from p2pmoe.client.manner import manner_of
 from p2pmoe.client.mixture_pass import MixtureOptions, MixturePasses, Route
-from p2pmoe.client.patience import Patience, may_pass
+from p2pmoe.client.patience import Patience, as_timeout, may_pass
 from p2pmoe.client.routing import route
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import P2PMoEError, SchemaError
@@ -113,7 +113,7 @@ class RemoteMixtureOfExperts(nn.Module):
 
     `copy.deepcopy` shares the swarm and copies the gate. To save the layer, save its `state_dict`.
 
-    Calling it raises:
+    Making it raises SchemaError or ConfigError for numbers that make no sense. Calling it raises:
         ExpertsUnavailableError: some rows had too few answers; `rows` lists them.
         ExpertNotFoundError: no expert of this prefix is known at all (and zeros are not allowed).
         SchemaError: the input does not fit the experts, they give integers, which cannot be mixed, or the grid is not
@@ -162,14 +162,16 @@ class RemoteMixtureOfExperts(nn.Module):
             k_best=k_best,
             k_min=k_min,
             backward_k_min=backward_k_min,
-            forward_timeout_s=forward_timeout_s,
-            backward_timeout_s=backward_timeout_s,
-            timeout_after_k_min_s=timeout_after_k_min_s,
+            forward_timeout_s=as_timeout("forward_timeout_s", forward_timeout_s),
+            backward_timeout_s=as_timeout("backward_timeout_s", backward_timeout_s),
+            timeout_after_k_min_s=None
+            if timeout_after_k_min_s is None
+            else as_timeout("timeout_after_k_min_s", timeout_after_k_min_s),
             detect_anomalies=detect_anomalies,
             allow_zero_outputs=allow_zero_outputs,
             skip_non_finite=skip_non_finite,
             beam_size=max(k_best, beam_size or max(2 * k_best, 8)),
-            search_timeout_s=search_timeout_s,
+            search_timeout_s=as_timeout("search_timeout_s", search_timeout_s),
         )
         self._passes = MixturePasses(swarm, self.options)
         self._finder = GridFinder(
@@ -180,7 +182,7 @@ class RemoteMixtureOfExperts(nn.Module):
             beam_size=self.options.beam_size,
             k_best=k_best,
             allow_nobody=allow_zero_outputs,
-            timeout_s=search_timeout_s,
+            timeout_s=self.options.search_timeout_s,
         )
 
     def extra_repr(self) -> str:

@@ -18,9 +18,11 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
+from numbers import Real
 from typing import Final, TypeVar
 
 from p2pmoe.errors import (
+    ConfigError,
     DeadlineError,
     DrainingError,
     ExpertNotFoundError,
@@ -32,6 +34,8 @@ from p2pmoe.errors import (
 )
 
 T = TypeVar("T")
+MAX_TIMEOUT_S: Final = 4_000_000.0
+"""46 days: locks of every platform can wait so long, and none much longer."""
 FIRST_PAUSE_S: Final = 0.1
 LAST_PAUSE_S: Final = 1.0
 _PASSING: Final = (PeerUnreachableError, DrainingError, OverloadedError, UnknownExpertError, DeadlineError)
@@ -42,6 +46,13 @@ def may_pass(error: BaseException | object) -> bool:
     if isinstance(error, ExpertNotFoundError):
         return error.may_appear
     return isinstance(error, _PASSING) and not isinstance(error, InsecureEndpointError)
+
+
+def as_timeout(name: str, seconds: float) -> float:
+    """A time-out that everything which waits can take: as long as it gets for `math.inf`. Raises ConfigError."""
+    if not isinstance(seconds, Real) or not seconds >= 0:  # NaN is not
+        raise ConfigError(f"{name} must be seconds, 0 or more (math.inf: as long as it takes), got {seconds!r}")
+    return min(float(seconds), MAX_TIMEOUT_S)
 
 
 class Patience:

@@ -21,7 +21,7 @@ from p2pmoe.client.directory import ExpertInfo
 from p2pmoe.client.graph import always_differentiable, input_gradients, keep_for_backward
 from p2pmoe.client.manner import manner_of
 from p2pmoe.client.offers import read_offers
-from p2pmoe.client.patience import Patience, may_pass, patiently
+from p2pmoe.client.patience import Patience, as_timeout, may_pass, patiently
 from p2pmoe.client.replies import check_finite, check_finite_async
 from p2pmoe.client.swarm import Swarm
 from p2pmoe.errors import (
@@ -111,7 +111,7 @@ class RemoteExpert(nn.Module):
 
     Floating arguments are cast to the schema's dtype. If the first of them was, the outputs come back in its dtype.
 
-    Calling it raises:
+    Making it raises ConfigError for a time-out that is none. Calling it raises:
         SchemaError: the arguments do not fit the expert's schema; nothing was sent.
         TorchModeError: torch.jit.trace, torch.func, forward-mode differentiation or a second derivative.
         ExpertNotFoundError, PeerUnreachableError, DeadlineError: nobody answered.
@@ -133,8 +133,8 @@ class RemoteExpert(nn.Module):
         super().__init__()
         self.swarm, self.uid = swarm, uid
         self._prefix, self._suffix = parse_uid(uid).prefix, parse_uid(uid).suffix
-        self.forward_timeout_s = forward_timeout_s
-        self.backward_timeout_s = backward_timeout_s
+        self.forward_timeout_s = as_timeout("forward_timeout_s", forward_timeout_s)
+        self.backward_timeout_s = as_timeout("backward_timeout_s", backward_timeout_s)
         self.skip_non_finite = skip_non_finite
         self._schema_digest = schema_digest
         self._info: ExpertInfo | None = None

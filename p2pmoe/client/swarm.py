@@ -17,6 +17,7 @@ from p2pmoe.client.answers import StrayReplyError
 from p2pmoe.client.calls import CallGroup
 from p2pmoe.client.directory import Directory, ExpertInfo
 from p2pmoe.client.exchange import Dispatcher
+from p2pmoe.client.patience import as_timeout
 from p2pmoe.client.schema_choice import SchemaChoice
 from p2pmoe.client.trust import Trust
 from p2pmoe.client.verification import Verifier, VerifyOptions
@@ -105,7 +106,7 @@ class Swarm:
         self.trust = Trust(directory, proves=self._proves)
         self.verifier: Verifier | None = None
         """Only where `verify_fraction` is above 0, and from `start` on."""
-        self.timeout_s = timeout_s
+        self.timeout_s = as_timeout("timeout_s", timeout_s)
         self._transport = transport
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
