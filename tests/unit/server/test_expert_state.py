@@ -286,6 +286,7 @@ async def test_rows_of_another_mode_fill_no_batch() -> None:
         (lambda y: y.t(), r"float32\[4, 6\]"),
         (lambda y: y.sum(), r"float32\[\]"),
         (lambda y: 3, r"gave \(int\)"),
+        (lambda y: y.to_sparse(), r"gave \(sparse_coo float32\[6, 4\]\)"),
         (lambda y: (y, y), "structure"),
         (lambda y: [y], "structure"),
     ],
