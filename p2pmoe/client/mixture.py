@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Coroutine, Generator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -146,6 +147,10 @@ class RemoteMixtureOfExperts(nn.Module):
         super().__init__()
         name = uid_prefix.rstrip(".")
         parse_uid(f"{name}.0")
+        numbers: dict[str, Any] = {"k_best": k_best, "k_min": k_min, "backward_k_min": backward_k_min}
+        for option, value in numbers.items():
+            if not isinstance(value, Integral):
+                raise SchemaError(f"{option} must be a whole number, got {value!r}")
         if k_best < 1 or not 0 <= k_min <= k_best or not 0 <= backward_k_min <= k_best:
             raise SchemaError(
                 f"k_best={k_best} must be at least 1 and at least k_min={k_min}, {backward_k_min=}, all ≥ 0"

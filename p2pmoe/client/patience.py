@@ -19,7 +19,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from numbers import Real
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from p2pmoe.errors import (
     ConfigError,
@@ -48,11 +48,12 @@ def may_pass(error: BaseException | object) -> bool:
     return isinstance(error, _PASSING) and not isinstance(error, InsecureEndpointError)
 
 
-def as_timeout(name: str, seconds: float) -> float:
+def as_timeout(name: str, seconds: Any) -> float:
     """A time-out that everything which waits can take: as long as it gets for `math.inf`. Raises ConfigError."""
-    if not isinstance(seconds, Real) or not seconds >= 0:  # NaN is not
+    is_number = isinstance(seconds, Real)
+    if not is_number or not seconds >= 0:  # NaN is not
         raise ConfigError(f"{name} must be seconds, 0 or more (math.inf: as long as it takes), got {seconds!r}")
-    return min(float(seconds), MAX_TIMEOUT_S)
+    return float(min(seconds, MAX_TIMEOUT_S))
 
 
 class Patience:

@@ -294,10 +294,6 @@ def _as_args(schema: Any) -> tuple[Any, ...]:
     return (schema,) if isinstance(schema, BatchTensorProto) else tuple(schema)
 
 
-def _layout(tensor: torch.Tensor) -> str:
-    return "" if tensor.layout is torch.strided else f"{str(tensor.layout).removeprefix('torch.')} "
-
-
 def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
     leaf = usable_anywhere(tensor).detach()
     return leaf.requires_grad_(True) if leaf.is_floating_point() or leaf.is_complex() else leaf

@@ -106,7 +106,7 @@ class ExpectedOutputs:
 
     def _misfit(self, flat: tuple[Any, ...], rows: int) -> str:
         gave = ", ".join(
-            format_tensor(tuple(each.shape), _name_of(each.dtype))
+            f"{_layout(each)}{format_tensor(tuple(each.shape), _name_of(each.dtype))}"
             if isinstance(each, torch.Tensor)
             else type(each).__name__
             for each in flat
@@ -126,3 +126,7 @@ def _is_free_size(output: torch.Tensor, rows: int, shape: Shape) -> bool:
 
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _layout(tensor: torch.Tensor) -> str:
+    return "" if tensor.layout is torch.strided else f"{str(tensor.layout).removeprefix('torch.')} "

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import itertools
 import math
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -228,6 +229,14 @@ def test_an_input_of_the_wrong_shape(memory: World, x: torch.Tensor) -> None:
 def test_options_that_make_no_sense(memory: World, options: dict[str, Any]) -> None:
     with pytest.raises(SchemaError):
         memory.mixture(**options)
+
+
+@pytest.mark.parametrize("option", ["k_best", "k_min", "backward_k_min"])
+@pytest.mark.parametrize("bad", [1.0, "1", None])
+def test_numbers_of_experts_are_whole(memory: World, option: str, bad: Any) -> None:
+    """1.0 was a TypeError of the search, at the first call."""
+    with pytest.raises(SchemaError, match=f"^{option} must be a whole number, got {re.escape(repr(bad))}$"):
+        memory.mixture(**{option: bad})
 
 
 @pytest.mark.parametrize("grid", [(3,), (2, 2), (2, 2, 2), (2, 1, 2, 2)])
