@@ -21,7 +21,7 @@ from p2pmoe.dht.node import DHTNode
 from p2pmoe.experts.bundles import decode_bundle
 from p2pmoe.experts.uid import parse_uid
 from p2pmoe.identity import Identity, peer_id_of
-from p2pmoe.types import WIRE_VERSION
+from p2pmoe.rpc.expert_pages import EXPERTS_PATH, follow_pages
 
 WINDOW_S: Final = 0.6
 QUIET_S: Final = 2.0
@@ -61,11 +61,11 @@ class Result:
 
 async def run_attacks(target: Target, attacks: Sequence[Attack], seed: int) -> AsyncIterator[Result | dict[str, Any]]:
     """A Result for each attack, then the summary. Raises RuntimeError when the target is not fit to be attacked."""
-    documents = (await target.get_json(f"/p2pmoe/v{WIRE_VERSION}/experts"))["experts"]
-    every_uid = sorted(documents)
+    every_uid = [uid async for page in follow_pages(target.get_json) for uid in page]
     if not every_uid:
         raise RuntimeError(f"{target.endpoint} hosts no experts; there is nothing to call")
     uids = {"honest": every_uid[0], "victim": every_uid[len(every_uid) // 2], "untouched": every_uid[-1]}
+    documents = {uid: await target.get_json(f"{EXPERTS_PATH}/{uid}") for uid in uids.values()}
     config = DHTConfig(initial_peers=target.initial_peers, swarm_id=target.swarm_id)
     async with DHTNode(Identity.generate(), config, client_mode=True, swarm_key=target.swarm_key) as dht:
         public_key = await _find_public_key(dht, every_uid, documents[every_uid[0]]["peer_id"])

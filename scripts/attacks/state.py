@@ -17,7 +17,7 @@ from p2pmoe.dht.node import DHTNode
 from p2pmoe.errors import DecodeError, P2PMoEError
 from p2pmoe.experts.bundles import decode_bundle
 from p2pmoe.experts.uid import parse_uid
-from p2pmoe.types import WIRE_VERSION
+from p2pmoe.rpc.expert_pages import follow_pages
 
 GROWN_BYTES: Final = 96 * 1024 * 1024
 """How much more memory the node may hold than when it was quiet: buffers that the allocator keeps, no more."""
@@ -110,8 +110,8 @@ class State:
 
     async def _count_updates(self, probe: dict[str, Any]) -> dict[str, int]:
         """Updates by uid, without those of the honest client, which pauses after a probe."""
-        experts = (await self._target.get_json(f"/p2pmoe/v{WIRE_VERSION}/experts"))["experts"]
-        counts = {uid: int(info["updates"]) for uid, info in experts.items()}
+        pages = follow_pages(self._target.get_json)
+        counts = {uid: info.updates or 0 async for page in pages for uid, info in page.items()}
         counts[self._uids["honest"]] -= probe["updates"]
         return counts
 
