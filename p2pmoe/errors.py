@@ -28,6 +28,7 @@
         │   └── InsecureEndpointError   the record offers only what may not be spoken
         ├── DeadlineError           no answer in time
         ├── ExpertNotFoundError     no live provider of that uid is known
+        ├── ExpertRebornError       an expert has lost what it had learnt, or some of it; only where that was asked for
         ├── ExpertsUnavailableError rows of a batch that too few experts answered
         ├── RecordError             a DHT record that must not be believed
         │   ├── BadSignatureError
@@ -212,6 +213,10 @@ class ExpertNotFoundError(RemoteError, LookupError):
 
     exit_code = 7
     may_appear: bool = False
+
+
+class ExpertRebornError(RemoteError):
+    """An expert has lost what it had learnt, or its last updates. `Swarm(on_rebirth="raise")` asks for it."""
 
 
 class ExpertsUnavailableError(RemoteError):

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from p2pmoe import __version__
-from p2pmoe.cli import demo, identity, lookup, node, train
+from p2pmoe.cli import demo, identity, lookup, node, state, train
 from p2pmoe.cli.arguments import check_text, spread_values
 from p2pmoe.cli.failures import EXIT_CODES, run_guarded
 from p2pmoe.cli.terminal import prepare_streams
@@ -38,6 +38,7 @@ app.command("node")(node.node)
 app.command("train")(train.train)
 app.command("lookup")(lookup.lookup)
 app.add_typer(identity.app, name="id")
+app.add_typer(state.app, name="state")
 
 
 def _print_version(wanted: bool) -> None:

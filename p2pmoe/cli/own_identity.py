@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from p2pmoe.errors import ConfigError
-from p2pmoe.file_lock import lock_file
+from p2pmoe.file_lock import lock_file as _lock
 from p2pmoe.files import expand_home
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def _claim(held: contextlib.ExitStack) -> Path | None:
         name = "identity" if number == 1 else f"identity-{number}"
         # The lock is not on the key file itself: Windows would let nobody read that.
         lock = held.enter_context((folder / f"{name}.lock").open("ab"))
-        if lock_file(lock):
+        if _lock(lock):
             return folder / f"{name}.pem"
         lock.close()
     return None

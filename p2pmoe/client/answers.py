@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from p2pmoe.client.ages import Ages
 from p2pmoe.client.calls import Call
 from p2pmoe.errors import DecodeError, P2PMoEError, PeerUnreachableError
 from p2pmoe.faults import attempt, unexpected
@@ -37,6 +38,7 @@ class Answers:
         on_lie: told at most once of proof, and at most once of anything else, when the peer's replies break the wire
             format or the schema, or answer what nobody asked.
         is_proven: whether the bytes can be nobody's but the peer's.
+        ages: told what replies say of the age of their experts.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Answers:
         on_lie: Callable[[PeerId, DecodeError], None],
         *,
         is_proven: bool = True,
+        ages: Ages | None = None,
     ) -> None:
         self.missing: dict[str, Call] = {call.id: call for call in calls}
         """By id."""
@@ -54,6 +57,7 @@ class Answers:
         self._finish = finish
         self._on_lie = on_lie
         self._is_proven = is_proven
+        self._ages = ages
         self._strays = 0
         self._told = set[bool]()
         self._stray: StrayReplyError | None = None
@@ -104,6 +108,8 @@ class Answers:
                 self._reason = error
         else:
             if call is not None:
+                if self._ages is not None and frame.header.parameters:
+                    self._ages.note(call.uid, frame.header.parameters)
                 self._settle(call, frame.tensors)
 
     def fail(self, error: P2PMoEError) -> None:

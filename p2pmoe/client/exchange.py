@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from p2pmoe.client.ages import Ages
 from p2pmoe.client.answers import Answers
 from p2pmoe.client.calls import Call, CallGroup
 from p2pmoe.client.lone_calls import LoneCalls
@@ -36,7 +37,7 @@ class Dispatcher:
     """Puts groups on the wire. `call`, `submit` and `abandon` may be called from any thread.
 
     `on_lie` is told, once for each exchange and in the thread that reads it, of a peer whose replies break the wire
-    format or the schema, or answer what nobody asked.
+    format or the schema, or answer what nobody asked; `ages` of what replies say of the age of experts.
     """
 
     def __init__(
@@ -44,14 +45,16 @@ class Dispatcher:
         transport: Transport,
         loop: asyncio.AbstractEventLoop,
         on_lie: Callable[[PeerId, DecodeError], None] = lambda *_: None,
+        ages: Ages | None = None,
     ) -> None:
+        self._ages = ages
         self._transport = transport
         self._loop = loop
         self._on_lie = on_lie
         self._queue: deque[CallGroup] = deque()
         self._scheduled = False
         self._proves = proving(transport)
-        self._lone = LoneCalls(transport, on_lie) if isinstance(transport, BlockingTransport) else None
+        self._lone = LoneCalls(transport, on_lie, ages) if isinstance(transport, BlockingTransport) else None
         self._exchanges: dict[asyncio.Task[None], Answers] = {}
         self._closed = False
         self._started = 0
@@ -182,7 +185,9 @@ class Dispatcher:
             self._start(endpoint, batch)
 
     def _start(self, endpoint: Endpoint, calls: list[Call]) -> None:
-        answers = Answers(endpoint, calls, self._finish, self._on_lie, is_proven=self._proves(endpoint))
+        answers = Answers(
+            endpoint, calls, self._finish, self._on_lie, is_proven=self._proves(endpoint), ages=self._ages
+        )
         if len(answers.missing) < len(calls):  # a call that is repeated beside itself: answers go by its id
             first = {call.id: call for call in reversed(calls)}
             self._start(endpoint, list(first.values()))

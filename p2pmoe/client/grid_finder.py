@@ -120,6 +120,7 @@ class GridFinder:
                 describe_schema(old),
                 describe_schema(new),
             )
+            self._swarm.ages.forget(f"{self._wanted.name}.")
 
     def should_look_again(self, found: Found) -> bool:
         """Whether a row has found nobody; True at most once in some seconds."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from p2pmoe.client.ages import Ages
 from p2pmoe.client.answers import Answers
 from p2pmoe.client.calls import Call, CallGroup
 from p2pmoe.errors import DecodeError, P2PMoEError
@@ -29,10 +30,13 @@ _LINGER_S: Final = 0.05  # for the end of a body whose results are all there; wi
 class LoneCalls:
     """Makes the exchange of a group in the calling thread where that is faster. Any thread.
 
-    `on_lie` is told of a peer whose replies are wrong, in the calling thread.
+    `on_lie` is told of a peer whose replies are wrong, in the calling thread, and `ages` of what replies say of theirs.
     """
 
-    def __init__(self, transport: BlockingTransport, on_lie: Callable[[PeerId, DecodeError], None]) -> None:
+    def __init__(
+        self, transport: BlockingTransport, on_lie: Callable[[PeerId, DecodeError], None], ages: Ages | None = None
+    ) -> None:
+        self._ages = ages
         self._transport = transport
         self._on_lie = on_lie
         self._proves = proving(transport)
@@ -68,7 +72,9 @@ class LoneCalls:
                 deadline.bring_forward(grace_s)
 
         endpoint, frames = group.calls[0].endpoint, [call.frame for call in group.calls]
-        answers = Answers(endpoint, group.calls, finish, self._on_lie, is_proven=self._proves(endpoint))
+        answers = Answers(
+            endpoint, group.calls, finish, self._on_lie, is_proven=self._proves(endpoint), ages=self._ages
+        )
         try:
             replies = self._transport.try_exchange(endpoint, frames, answers, deadline)
             if replies is None:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
 
 from p2pmoe import forks
+from p2pmoe.client.ages import Ages, OnRebirth
 from p2pmoe.client.answers import StrayReplyError
 from p2pmoe.client.calls import CallGroup
 from p2pmoe.client.directory import Directory, ExpertInfo
@@ -69,6 +70,8 @@ class Swarm:
             background; one whose answers differ loses standing. For providers that hold the same parameters.
         verify_rtol, verify_atol: how far answers may differ: by atol + rtol × the largest magnitude of the row.
         verify_seed: decides which calls; None is unpredictable.
+        on_rebirth: what becomes of a call whose reply shows that an expert has lost what it had learnt, or its last
+            updates: "log" is a line and a count (`ages`); "raise" ends it with ExpertRebornError, once for each loss.
 
     Raises:
         ConfigError: a verify option is out of range, or `owner` is no public key.
@@ -92,9 +95,12 @@ class Swarm:
         verify_rtol: float = 1e-2,
         verify_atol: float = 1e-4,
         verify_seed: int | None = None,
+        on_rebirth: OnRebirth = "log",
     ) -> None:
         self._verify_options = VerifyOptions(verify_fraction, verify_rtol, verify_atol, verify_seed)
         self.check_finite = check_finite
+        self.ages = Ages(on_rebirth)
+        """What experts say of their age, and how often one was suddenly younger."""
         self._dht: DHTNode | None = None
         self.identity = identity or Identity.generate()
         self._swarm_key = swarm_key
@@ -152,7 +158,7 @@ class Swarm:
             self._thread = threading.Thread(target=run_loop, args=(self._loop,), name="p2pmoe-swarm", daemon=True)
             self._thread.start()
             self._transport = self._transport or HttpTransport(identity=self.identity, swarm_key=self._swarm_key)
-            self._dispatcher = Dispatcher(self._transport, self._loop, self._note_broken_reply)
+            self._dispatcher = Dispatcher(self._transport, self._loop, self._note_broken_reply, self.ages)
             if self._verify_options.fraction:
                 find, ask = self.find_providers, self.call_async
                 self.verifier = Verifier(self._verify_options, self.trust, find, ask, self._loop)
@@ -256,6 +262,7 @@ class Swarm:
     def call(self, group: CallGroup, timeout_s: float) -> None:
         """Send a group and block until it is done or `timeout_s` has passed."""
         self.dispatcher.call(group, timeout_s)
+        self.ages.raise_if_reborn()
 
     async def call_async(self, group: CallGroup, timeout_s: float) -> None:
         """`call` from a coroutine of any loop."""
@@ -265,6 +272,7 @@ class Swarm:
             await group.wait_async(timeout_s)
         finally:
             dispatcher.abandon(group)
+        self.ages.raise_if_reborn()
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         """Run a coroutine on the swarm's loop and block for its result. Raises DeadlineError."""

@@ -59,6 +59,13 @@ class Service(Protocol):
         """Whether the node is about to leave and takes no new calls."""
 
 
+class AgingService(Service, Protocol):
+    """A service whose experts learn: replies say how old the expert is. Others need not have it."""
+
+    def age_of(self, uid: str) -> dict[str, Any]:
+        """`parameters` of a reply of an expert: `incarnation`, `run`, `updates`; empty for one that is unknown."""
+
+
 class Doorkeeper(Protocol):
     """Who may call a node. `address` is always that of the connection, never what a header says of it."""
 

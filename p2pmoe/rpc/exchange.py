@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from p2pmoe.errors import (
     CallError,
@@ -89,6 +89,7 @@ class ServerExchange:
         caller: Caller = LOCAL_CALLER,
     ) -> None:
         self._service = service
+        self._age_of = getattr(service, "age_of", _no_age)
         self._caller = caller
         self._budget = budget
         self._max_calls = max_calls
@@ -254,7 +255,13 @@ class ServerExchange:
     def _encode(self, header: RequestHeader, tensors: Flat) -> EncodedFrame:
         headers, memories = describe_tensors(tensors, self._service.result_codecs(header))
         attempt("counting a call", self._service.count_wire, "out", headers, by_a_stranger=True)
-        return encode_frame(ResponseHeader(id=header.id, model_name=header.model_name, outputs=headers), memories)
+        uid = header.model_name
+        age = self._age_of(uid)
+        return encode_frame(ResponseHeader(id=header.id, model_name=uid, outputs=headers, parameters=age), memories)
+
+
+def _no_age(_: str) -> dict[str, Any]:
+    return {}
 
 
 def _call_error(what: str, error: BaseException) -> CallError:

@@ -37,6 +37,8 @@ class Birth:
     groups: Groups
     incarnation: str = field(default_factory=lambda: secrets.token_hex(16))
     """128 random bits in hexadecimal; an expert that is restored has that of its checkpoint."""
+    run: str = field(default_factory=lambda: secrets.token_hex(4))
+    """Of this process: an expert that is restored has another one."""
     origin: Origin | None = None
 
 

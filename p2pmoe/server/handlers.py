@@ -161,6 +161,14 @@ class ExpertHandlers:
         """See `Service.expert`."""
         return self._listing.expert(uid)
 
+    def age_of(self, uid: str) -> dict[str, Any]:
+        """See `AgingService.age_of`."""
+        backend = self.backends.get(uid)
+        if backend is None:
+            return {}
+        birth = backend.birth
+        return {"incarnation": birth.incarnation, "run": birth.run, "updates": backend.update_count}
+
     async def ready(self) -> bool:
         """Whether an expert computes: one real forward in eval mode, at most once a second. It leaves no trace."""
         checked_at, was_ready = self._last_ready

@@ -22,6 +22,7 @@ import msgspec
 
 from p2pmoe.errors import StateError
 from p2pmoe.file_lock import lock_file
+from p2pmoe.seldom import Seldom
 from p2pmoe.server.checkpoints import (
     Checkpoint,
     TensorFile,
@@ -68,6 +69,7 @@ class StateFolder:
     def __init__(self, path: Path, *, keep: int = 2) -> None:
         self.path = path
         self._keep = max(2, keep)
+        self._seldom = Seldom()
         self._lock: IO[bytes] | None = None
         self._index: StateIndex | None = None
         self._entries: dict[str, list[Entry]] = {}
@@ -254,7 +256,8 @@ class StateFolder:
         try:
             self._index.change(added, gone)
         except StateError as error:
-            logger.warning("%s; the checkpoints are not hurt", error)
+            if (note := self._seldom.note()) is not None:
+                logger.warning("%s; the checkpoints are not hurt%s", error, note)
 
     def _load(self, entry: Entry) -> Found:
         """Raises StateError, OSError."""

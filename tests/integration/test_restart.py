@@ -14,15 +14,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cli_processes import Command
-from swarm_kit import WAIT_S, make_backend
+from swarm_kit import WAIT_S, make_backend, open_world
 
 import p2pmoe
 from p2pmoe.config import DHTConfig, HttpConfig, StateConfig
-from p2pmoe.errors import ReplayConflictError
+from p2pmoe.errors import ExpertRebornError, ReplayConflictError
 from p2pmoe.protocol.frames import Frame
 from p2pmoe.protocol.messages import RequestHeader, RequestParameters, TensorHeader
 from p2pmoe.server.state_folder import StateFolder
@@ -155,7 +156,7 @@ def until_kept(home: Path, updates: int) -> None:
 def test_a_writer_that_is_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, seed: int) -> None:
     moments = random.Random(seed)
     print(f"seed {seed}")
-    for _ in range(20):
+    for _ in range(int(os.environ.get("P2PMOE_TEST_KILLS", "20"))):  # scripts/kills asks for more
         end_one_writer(tmp_path, moments.uniform(0.0, 0.08))
 
 
@@ -179,3 +180,28 @@ def end_one_writer(path: Path, delay_s: float) -> None:
                 assert found.checkpoint.updates >= finished[-1], "older than the last that was finished"
     finally:
         folder.close()
+
+
+@pytest.mark.parametrize("on_rebirth", ["log", "raise"])
+def test_trainers_see_that_an_expert_is_another_one_or_has_lost_updates(on_rebirth: Any, carrier: str) -> None:
+    x = torch.ones(2, 4)
+    backend = make_backend("ffn.1")
+    with open_world({"alice": [backend]}, carrier=carrier, on_rebirth=on_rebirth) as world:
+        swarm = world.swarm
+        expert = swarm.expert("ffn.1")
+        expert(x.clone().requires_grad_()).sum().backward()
+        expert(x)
+        age = swarm.ages.of("ffn.1")
+        assert age is not None
+        assert (age.incarnation, age.updates) == (backend.get_info()["incarnation"], 1)
+        backend.update_count, backend.birth.run = 0, "other"  # as a restored one
+        expect(on_rebirth, "ffn.1 went on from a checkpoint: it had 1 updates, and has 0 now", expert, x)
+        backend.birth.incarnation = "f" * 32
+        expect(on_rebirth, "ffn.1 is another expert than before: it had 0 updates", expert, x)
+        expert(x)
+        assert (swarm.ages.rebirths, swarm.ages.setbacks, swarm.ages.updates_lost) == (1, 1, 1)
+
+
+def expect(on_rebirth: str, message: str, expert: torch.nn.Module, x: torch.Tensor) -> None:
+    with pytest.raises(ExpertRebornError, match=message) if on_rebirth == "raise" else contextlib.nullcontext():
+        expert(x)

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[3]
 COMMANDS = [
     *("demo", "node", "train", "lookup", "version"),
     *("id new", "id show", "id export", "id import", "id delegate", "id swarm-key new", "id admin-token"),
+    *("state list", "state verify", "state export", "state import"),
 ]
 
 
