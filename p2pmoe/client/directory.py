@@ -75,6 +75,8 @@ class ExpertInfo:
     schema_digest: str
     repeatable: frozenset[str] = frozenset(MODES)
     """The modes in which an answer's row depends on its own input row alone: nothing is drawn, nothing mixed."""
+    draws: frozenset[str] = frozenset()
+    """The modes in which it draws random numbers."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertInfo:
         """Itself: it never changes."""
@@ -108,10 +110,15 @@ class ExpertInfo:
         digest = schema_digest(forward, outputs)
         if digest != expected_digest:
             raise DecodeError(f"the schema's digest is {digest}, the directory announced {expected_digest}")
-        stated = document.get("repeatable", MODES)
-        if not isinstance(stated, (list, tuple)):
-            raise DecodeError("repeatable must be a list of modes")
-        return cls(forward, outputs, inputs, flat_outputs, digest, frozenset(mode for mode in MODES if mode in stated))
+        repeatable = _modes_of(document, "repeatable", MODES)
+        return cls(forward, outputs, inputs, flat_outputs, digest, repeatable, _modes_of(document, "draws", ()))
+
+
+def _modes_of(document: dict[str, Any], key: str, default: Iterable[str]) -> frozenset[str]:
+    stated = document.get(key, default)
+    if not isinstance(stated, (list, tuple)):
+        raise DecodeError(f"{key} must be a list of modes")
+    return frozenset(mode for mode in MODES if mode in stated)
 
 
 class StaticDirectory:

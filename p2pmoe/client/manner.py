@@ -1,18 +1,22 @@
 """How a call asks for its expert to be computed. Knows torch's seed and nothing else.
 
-Seeds are drawn without a look at torch's generators, so that a remote layer draws nothing that a local one would not.
-They follow `torch.manual_seed` all the same: a program that seeds torch draws the same ones each time it is run.
+Where the expert draws, the seed is drawn from torch's generator, as a local layer's numbers are: who seeds torch again
+gets the same ones, and a checkpoint that computes a layer twice gives it the same. Where it draws nothing, nothing
+is taken from the generator; the seed follows `torch.manual_seed` and a count then.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from typing import Final
 
 import torch
 from torch import nn
 
-from p2pmoe.types import Manner
+from p2pmoe.types import Manner, Mode
+
+_SEEDS: Final = (1 << 63) - 1
 
 _ALL: Final = (1 << 64) - 1
 
@@ -39,9 +43,15 @@ class _Seeds:
 _seeds = _Seeds()
 
 
-def manner_of(module: nn.Module) -> Manner:
-    """What a layer's calls of one pass, forward and backward, ask for: its own mode, and a new seed of 63 bits."""
-    return Manner("train" if module.training else "eval", _seeds.draw())
+def manner_of(module: nn.Module, draws: Collection[str] = ()) -> Manner:
+    """What a layer's calls of one pass, forward and backward, ask for: its own mode, and a new seed of 63 bits.
+
+    `draws`: the modes in which the expert draws.
+    """
+    mode: Mode = "train" if module.training else "eval"
+    if mode not in draws:
+        return Manner(mode, _seeds.draw())
+    return Manner(mode, int(torch.randint(_SEEDS, (), dtype=torch.int64, device="cpu")))
 
 
 def for_expert(manner: Manner, index: int) -> Manner:

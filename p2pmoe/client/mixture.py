@@ -257,7 +257,7 @@ class RemoteMixtureOfExperts(nn.Module):
             rows = x.reshape(-1, self.in_features)
             return self._nothing(rows, self._scores(rows), [torch.zeros_like(x)], None)
         batch = self._prepare(info, x, args, kwargs)
-        scores, manner = self._scores(batch.gating_input), manner_of(self)
+        scores, manner = self._scores(batch.gating_input), manner_of(self, info.draws)
         if not len(batch.gating_input):
             return self._nothing(batch.inputs[0], scores, self._no_rows(batch, x.device), info.outputs_schema)
         batch, scores, answers = yield from self._answers(batch, scores, manner, (x, args, kwargs), deadline)

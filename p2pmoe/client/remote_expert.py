@@ -185,7 +185,9 @@ class RemoteExpert(nn.Module):
         """
         info = self.info
         protos = info.inputs + info.outputs
-        request = _Request(self.uid, "backward", (*inputs, *gradients), protos, info.inputs, manner or manner_of(self))
+        request = _Request(
+            self.uid, "backward", (*inputs, *gradients), protos, info.inputs, manner or manner_of(self, info.draws)
+        )
         return self._call(request, self.backward_timeout_s)
 
     # -- private
@@ -240,7 +242,7 @@ class RemoteExpert(nn.Module):
         return attached
 
     def _forward_request(self, info: ExpertInfo, tensors: Flat) -> _Request:
-        return _Request(self.uid, "forward", tensors, info.inputs, info.outputs, manner_of(self))
+        return _Request(self.uid, "forward", tensors, info.inputs, info.outputs, manner_of(self, info.draws))
 
     def _call(self, request: _Request, timeout_s: float) -> Flat:
         if not len(request.tensors[0]):

@@ -69,6 +69,7 @@ class ExpertListing:
             "peer_id": self._peer_id,
             **schema.document,
             "repeatable": list(backend.get_info()["repeatable"]),
+            "draws": sorted(backend.findings.draws),
             "incarnation": backend.get_info()["incarnation"],
             **self._counts(backend),
             "oip": {"name": uid, **schema.oip},

@@ -11,6 +11,7 @@ import pytest
 import torch
 from swarm_kit import World, make_backend, open_world, same_bits
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import p2pmoe
 from p2pmoe.client.manner import for_expert, manner_of
@@ -84,14 +85,46 @@ async def test_asking_whether_it_is_ready_leaves_no_trace(world: World) -> None:
 @pytest.mark.parametrize("name", ["half.0", "mixture"])
 def test_the_backward_pass_drops_what_the_forward_pass_dropped(world: World, name: str) -> None:
     layer = world.mixture(k_best=1) if name == "mixture" else world.swarm.expert(name)
-    state = torch.get_rng_state()
     for _ in range(3):
         x = torch.ones(32, 4, requires_grad=True)
         y = layer(x)
         (gradient,) = torch.autograd.grad(y.sum(), x)
         assert torch.equal(y, gradient), "0 or 2 in the same places"
         assert 0 < int((y == 0).sum()) < y.numel()
-    assert torch.equal(torch.get_rng_state(), state), "the layer draws nothing from the caller's generator"
+
+
+@pytest.mark.parametrize("name", ["half.0", "mixture"])
+def test_who_seeds_torch_again_gets_the_same_masks(world: World, name: str) -> None:
+    """They went on counting: a seeded program could not repeat a step within one process."""
+    layer = world.mixture(k_best=2) if name == "mixture" else world.swarm.expert(name)
+    x = torch.ones(32, 4)
+    layer(x)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        runs.append([layer(x) for _ in range(3)])
+    assert all(map(torch.equal, *runs))
+    assert not torch.equal(runs[0][0], runs[0][1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["half.0", "mixture"])
+def test_a_checkpoint_drops_the_same_when_it_computes_again(world: World, name: str, reentrant: bool) -> None:
+    """The gradient was that of another mask than the output's, without an error."""
+    layer = world.mixture(k_best=1) if name == "mixture" else world.swarm.expert(name)
+    for _ in range(3):
+        x = torch.ones(32, 4, requires_grad=True)
+        y = checkpoint(layer, x, use_reentrant=reentrant)
+        y.sum().backward()
+        assert torch.equal(y, x.grad), "0 or 2 in the same places"
+
+
+@pytest.mark.parametrize(("uid", "mode"), [("bn.0", True), ("bn.0", False), ("half.0", False)])
+def test_where_nothing_is_drawn_torchs_generator_stays_as_it_is(world: World, uid: str, mode: bool) -> None:
+    expert = world.swarm.expert(uid).train(mode)
+    state = torch.get_rng_state()
+    expert(X.clone().requires_grad_()).sum().backward()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_mixture_drops_the_same_in_both_passes_and_not_alike_in_all_experts(world: World) -> None:
@@ -231,6 +264,7 @@ async def test_what_honest_providers_may_answer_differently_is_not_verified() ->
 
 def test_info_tells_it_over_every_carrier(world: World) -> None:
     assert world.swarm.expert("bn.0").info.repeatable == {"eval"}
+    assert world.swarm.expert("bn.0").info.draws == set()
     document = world.alice.handlers.expert("bn.0") | {"repeatable": 3}
     with pytest.raises(p2pmoe.errors.DecodeError, match="list of modes"):
         p2pmoe.client.directory.ExpertInfo.from_json(document, expected_digest=document["schema_digest"])
