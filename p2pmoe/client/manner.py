@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from torch import nn
 
+from p2pmoe.protocol.drawing import our_turn
 from p2pmoe.types import Manner, Mode
 
 _SEEDS: Final = (1 << 63) - 1
@@ -51,7 +52,8 @@ def manner_of(module: nn.Module, draws: Collection[str] = ()) -> Manner:
     mode: Mode = "train" if module.training else "eval"
     if mode not in draws:
         return Manner(mode, _seeds.draw())
-    return Manner(mode, int(torch.randint(_SEEDS, (), dtype=torch.int64, device="cpu")))
+    with our_turn():  # a node of this process may have seeded the generator for its expert just now
+        return Manner(mode, int(torch.randint(_SEEDS, (), dtype=torch.int64, device="cpu")))
 
 
 def for_expert(manner: Manner, index: int) -> Manner:

@@ -6,15 +6,14 @@ Knows torch; nothing of schemas, batches or calls. Buffers that passes write are
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-_drawing = threading.RLock()
-"""torch has one generator for a device in a process: only one expert at a time may have it seeded."""
+from p2pmoe.protocol.drawing import our_turn
+
 _PLAIN: Final = (torch.Tensor, int, float, complex, str, tuple, type(None))
 """Attributes that forward replaces. Others, such as a cache in a dict, are written in place or belong to a library."""
 
@@ -52,7 +51,7 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
     Of this process no other expert draws meanwhile. Other code that does would draw from the same generators.
     """
-    with _drawing:
+    with our_turn():
         generators = _generators(device)
         states = [each.get_state() for each in generators]
         try:

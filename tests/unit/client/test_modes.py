@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from swarm_kit import World, make_backend, open_world, same_bits
+from swarm_kit import World, make_backend, open_world, run_threads, same_bits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -117,6 +117,22 @@ def test_a_checkpoint_drops_the_same_when_it_computes_again(world: World, name: 
         y = checkpoint(layer, x, use_reentrant=reentrant)
         y.sum().backward()
         assert torch.equal(y, x.grad), "0 or 2 in the same places"
+
+
+def test_threads_beside_a_node_of_their_own_process_disturb_no_mask(world: World) -> None:
+    """Their layers draw seeds from the generator that the expert has seeded."""
+    expert = world.swarm.expert("half.0")
+
+    def train() -> list[bool]:
+        same = []
+        for _ in range(15):
+            x = torch.ones(64, 4, requires_grad=True)
+            y = expert(x)
+            y.sum().backward()
+            same.append(torch.equal(y, x.grad))
+        return same
+
+    assert run_threads([train] * 6) == [[True] * 15] * 6
 
 
 @pytest.mark.parametrize(("uid", "mode"), [("bn.0", True), ("bn.0", False), ("half.0", False)])
