@@ -69,7 +69,7 @@ def lookup(
     set_up_logs(LogConfig(level="warning"))
     if pattern != EVERYTHING:
         UidPattern.parse(pattern)
-    config = load_client_config(split_lists(initial_peers) or (), swarm_id, owner=owner)
+    config = load_client_config(split_lists(initial_peers, "--initial-peers") or (), swarm_id, owner=owner)
     dht = DHTNode(Identity.generate(), config, client_mode=True, swarm_key=load_swarm_key(swarm_key))
     view = _View(pattern, config.swarm_id, timeout_s, as_json=as_json, tree=tree)
     if watch:

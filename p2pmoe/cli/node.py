@@ -129,21 +129,21 @@ def node(
     if parent:
         exit_with_parent()
     prepare_process()
-    uids = split_lists(experts)
+    uids = split_lists(experts, "--experts")
     for pattern in uids or ():
         expand_pattern(pattern)  # wrong usage where it is none; of a file it is a wrong setting
     flags = {
         "dht.allow_alone": allow_alone,
         "dht.announce_host": announce_host,
         "dht.announce_port": dht_announce_port,
-        "dht.initial_peers": split_lists(initial_peers),
+        "dht.initial_peers": split_lists(initial_peers, "--initial-peers"),
         "dht.host": host,
         "dht.port": dht_port,
         "dht.swarm_id": swarm_id,
         "dht.owner": owner,
         "dht.delegation_path": delegation,
         "access.swarm_key_path": swarm_key,
-        "devices": split_lists(device),
+        "devices": split_lists(device, "--device"),
         "experts.fresh": fresh,
         "experts.hidden_dim": hidden_dim,
         "experts.kind": kind,

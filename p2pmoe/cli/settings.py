@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from p2pmoe.config import DHTConfig, NodeConfig, Section, field_types, parse_host_port, parse_toml
-from p2pmoe.errors import ConfigError
+from p2pmoe.errors import ConfigError, UsageError
 from p2pmoe.identity import Identity, SwarmKey
 
 PREFIX: Final = "P2PMOE_"
@@ -158,11 +158,18 @@ def load_client_identity(path: str | None, environ: Mapping[str, str] | None = N
     return Identity.generate() if config.identity_path is None else Identity.load(config.identity_path)
 
 
-def split_lists(values: Sequence[str] | None) -> tuple[str, ...] | None:
-    """`["a,b", "c"]` -> `("a", "b", "c")`; None when the flag was not given."""
+def split_lists(values: Sequence[str] | None, flag: str) -> tuple[str, ...] | None:
+    """`["a,b", "c"]` -> `("a", "b", "c")`; None when the flag was not given.
+
+    Raises UsageError where it was given and names nothing, as a shell's unset variable does: a node that was to join
+    would found a swarm of its own.
+    """
     if not values:
         return None
-    return tuple(part for value in values for part in _parts(value, _BETWEEN))
+    parts = tuple(part for value in values for part in _parts(value, _BETWEEN))
+    if not parts:
+        raise UsageError(f"{flag} is empty; was a variable of the shell unset? Give a value, or leave {flag} out")
+    return parts
 
 
 def _is_of_a_service(name: str, value: str) -> bool:

@@ -77,7 +77,7 @@ def train(
     prepare_process()
     raise_on_sigterm()
     set_up_logs(LogConfig(level="warning"))
-    dht = load_client_config(split_lists(initial_peers) or (), swarm_id, owner=owner)
+    dht = load_client_config(split_lists(initial_peers, "--initial-peers") or (), swarm_id, owner=owner)
     secret = load_swarm_key(swarm_key)
     key = load_client_identity(identity)
     prefix = UidPattern.parse(f"{uid_prefix.rstrip('.')}.*").name

@@ -4,13 +4,15 @@ Rules:
 1. Evidence adds up to a score, which halves every `HALF_LIFE_S`. From `LAST_AT` on a peer is asked last, from `SHUN_AT`
    on not at all for `SHUN_S`, twice as long each time that it comes to that again.
 2. A reply that no honest node sends, from whoever is proven to have sent it, is proof (`broken_reply`; answers.py says
-   which ones). So is the answer that two others contradict. Non-finite numbers count half: an expert may have diverged.
+   which ones). So is the answer that two others contradict. Non-finite numbers count half.
 3. Of two peers that contradict each other nobody knows which one lies. Both lose a little, once for each opponent
    however often they meet: an honest peer beside one liar stays good, a liar beside many honest ones sinks.
 4. Contradictions alone never shun: providers that were trained apart contradict each other and are honest.
 5. Honest answers buy nothing back, only time does: otherwise a liar would lie every tenth time.
 6. What may be one expert's fault, or the way's, is held against that expert of that peer: a score of its own, by the
-   same numbers. It is asked last, then left out, and the peer's other experts are asked as before.
+   same numbers. It is asked last, then left out, and the peer's other experts are asked as before. Non-finite numbers
+   are such a fault: an expert may have diverged. Where `SEVERAL` experts of one peer give them, and it is proven that
+   the peer sent them, they are held against the peer as well.
 7. The tables are bounded; the peers with the least evidence are forgotten first, so that new names push out no proof.
 """
 
@@ -44,6 +46,8 @@ MAX_SHUN_S: Final = 3600.0
 MAX_PEERS: Final = 4096
 MAX_EXPERTS: Final = 16_384
 MAX_OPPONENTS: Final = 16
+SEVERAL: Final = 3
+"""As many experts of one honest node do not diverge within `HALF_LIFE_S`."""
 _FORGOTTEN_BELOW: Final = 0.05
 _SEVERITY: Final[dict[Verdict, int]] = {"good": 0, "last": 1, "shunned": 2}
 K = TypeVar("K")
@@ -58,6 +62,8 @@ class _Entry:
     counts: dict[str, int] = field(default_factory=dict)
     opponents: dict[PeerId, float] = field(default_factory=dict)
     """Who contradicted it, and when last."""
+    diverged: dict[str, float] = field(default_factory=dict)
+    """Of a peer: experts that gave non-finite numbers, and when last; no more than `SEVERAL`."""
     worst: _Entry | None = None
     """Of a peer: the expert against which most is held, as far as is known."""
 
@@ -162,8 +168,13 @@ class Standing:
             now = self._clock()
             return self._add(self._entry(peer_id, now), evidence, now)
 
-    def note_experts(self, peer_id: PeerId, uids: Iterable[str], evidence: Evidence) -> None:
-        """Some experts of a peer answered what they must not: one piece of evidence against each, counted once."""
+    def note_experts(
+        self, peer_id: PeerId, uids: Iterable[str], evidence: Evidence, *, is_proven: bool = False
+    ) -> None:
+        """Some experts of a peer answered what they must not: one piece of evidence against each, counted once.
+
+        `is_proven`: nobody but the peer can have sent it; see rule 6.
+        """
         with self._lock:
             now = self._clock()
             peer = self._entry(peer_id, now)
@@ -177,6 +188,11 @@ class Standing:
                 self._add(expert, evidence, now)
                 if peer.worst is None or _total(peer.worst, now) <= _total(expert, now):
                     peer.worst = expert
+                if is_proven and evidence == "non_finite":
+                    _note_diverged(peer, uid, now)
+            if is_proven and len(peer.diverged) >= SEVERAL:
+                peer.counts[evidence] -= 1  # counted once, whatever it is held against
+                self._add(peer, evidence, now)
 
     def count(self, peer_id: PeerId, evidence: Evidence) -> None:
         """Something odd came from a peer that is held against nobody."""
@@ -235,6 +251,11 @@ def _forget_the_least(entries: dict[K, _Entry], limit: int, now: float) -> None:
     # An eighth at a time, so that a flood of new names is no search through the table for each.
     for key in faded or heapq.nsmallest(max(1, limit // 8), entries, key=weight):
         del entries[key]
+
+
+def _note_diverged(peer: _Entry, uid: str, now: float) -> None:
+    recent = {known: at for known, at in peer.diverged.items() if now - at < HALF_LIFE_S and known != uid}
+    peer.diverged = dict([*recent.items(), (uid, now)][-SEVERAL:])
 
 
 def _faded(score: float, age_s: float) -> float:

@@ -79,10 +79,9 @@ class Trust:
                 provider.peer_id, UNREACHABLE_S, endpoint=provider.endpoint, sequence=provider.sequence
             )
         elif isinstance(error, NonFiniteReplyError):
-            if error.is_evidence and self._proves(provider.endpoint):
-                self.note_lie(provider.peer_id, "non_finite", str(error))
-            elif error.is_evidence:
-                self._note_experts(provider.peer_id, uids, "non_finite", str(error))
+            if error.is_evidence:
+                proven = self._proves(provider.endpoint)
+                self._note_experts(provider.peer_id, uids, "non_finite", str(error), is_proven=proven)
         elif isinstance(error, DecodeError) and not error.is_proof:
             self._note_experts(provider.peer_id, uids, "broken_reply", str(error))
 
@@ -104,9 +103,15 @@ class Trust:
         self.standing.forget(peer_id)
         self._directory.mark_reachable(peer_id)
 
-    def _note_experts(self, peer_id: PeerId, uids: Sequence[str], evidence: Evidence, reason: str) -> None:
+    def _note_experts(
+        self, peer_id: PeerId, uids: Sequence[str], evidence: Evidence, reason: str, *, is_proven: bool = False
+    ) -> None:
+        was_shunned = self.standing.verdict(peer_id) == "shunned"
         were_shunned = {uid: self.standing.verdict(peer_id, uid) == "shunned" for uid in uids}
-        self.standing.note_experts(peer_id, uids, evidence)
+        self.standing.note_experts(peer_id, uids, evidence, is_proven=is_proven)
+        if self.standing.verdict(peer_id) == "shunned":
+            self._leave_out(peer_id, reason, was_shunned=was_shunned)
+            return
         for uid, was_shunned in were_shunned.items():
             if self.standing.verdict(peer_id, uid) != "shunned":
                 continue

@@ -51,6 +51,9 @@ class Service(Protocol):
     def expert(self, uid: str) -> dict[str, Any]:
         """Info of one expert. Raises UnknownExpertError."""
 
+    def serves(self, uid: str) -> bool:
+        """Whether calls to an expert are taken and its device computes. Raises UnknownExpertError."""
+
     async def ready(self) -> bool:
         """Whether a real forward pass of some expert went through just now."""
 

@@ -169,6 +169,11 @@ class ExpertHandlers:
         birth = backend.birth
         return {"incarnation": birth.incarnation, "run": birth.run, "updates": backend.update_count}
 
+    def serves(self, uid: str) -> bool:
+        """See `Service.serves`."""
+        runtime = self._listing.backend(uid).forward_pool.runtime
+        return not self._draining and (not isinstance(runtime, Runtime) or runtime.alive)
+
     async def ready(self) -> bool:
         """Whether an expert computes: one real forward in eval mode, at most once a second. It leaves no trace."""
         checked_at, was_ready = self._last_ready

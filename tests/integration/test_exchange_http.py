@@ -18,6 +18,7 @@ from swarm_kit import WAIT_S, Failing, Gate, Peer, World, make_backend, open_wor
 from p2pmoe.config import LimitsConfig
 from p2pmoe.protocol.frames import Frame, FrameLimits, FrameReader
 from p2pmoe.protocol.messages import RequestParameters, response_decoder
+from p2pmoe.server.runtime import Runtime
 
 LIMITS = LimitsConfig(
     max_header_bytes=2048,
@@ -529,6 +530,14 @@ async def test_a_draining_node_refuses_with_503(world: World) -> None:
     async with connect(world.alice) as raw:
         await raw.begin("/v2/health/live", "GET")
         assert await raw.head() == 200
+
+
+async def test_an_expert_whose_device_has_stopped_is_not_ready(alice: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runtime, "alive", False)
+    for path in ("/v2/models/ffn.0/ready", "/v2/models/ffn.0/versions/1/ready", "/v2/health/ready"):
+        async with connect(alice) as raw:
+            await raw.begin(path, "GET")
+            assert await raw.head() == 503, path
 
 
 async def test_metrics_are_served(alice: Peer) -> None:

@@ -309,8 +309,7 @@ class HttpServer:
 
     async def _model_ready(self, request: web.Request) -> web.Response:
         uid = request.match_info["uid"]
-        self._service.expert(uid)
-        ready = not self._service.draining
+        ready = self._service.serves(uid)
         return json_response({"name": uid, "ready": ready}, 200 if ready else 503)
 
     async def _metrics_page(self, request: web.Request) -> web.Response:

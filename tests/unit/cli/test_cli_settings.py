@@ -18,7 +18,7 @@ from p2pmoe.cli.settings import (
     variable_of,
 )
 from p2pmoe.config import DHTConfig, NodeConfig
-from p2pmoe.errors import ConfigError, IdentityError
+from p2pmoe.errors import ConfigError, IdentityError, UsageError
 from p2pmoe.identity import SwarmKey
 
 ROOT = Path(__file__).parents[3]
@@ -199,9 +199,15 @@ def test_a_client_refuses_an_initial_peer_that_is_no_address() -> None:
 
 
 def test_lists_may_be_repeated_or_comma_separated() -> None:
-    assert split_lists(["a, b", "c"]) == ("a", "b", "c")
-    assert split_lists(["a\n b,", " 'c' "]) == ("a", "b", "c")
-    assert split_lists(None) is None
+    assert split_lists(["a, b", "c"], "--device") == ("a", "b", "c")
+    assert split_lists(["a\n b,", " 'c' "], "--device") == ("a", "b", "c")
+    assert split_lists(None, "--device") is None
+
+
+@pytest.mark.parametrize("values", [[""], [","], [" \n"], ["", "''"]])
+def test_a_flag_that_names_nothing_is_wrong_usage(values: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"^--initial-peers is empty; was a variable of the shell unset\?"):
+        split_lists(values, "--initial-peers")
 
 
 def test_the_home_folder_in_every_path_of_file_variable_and_flag(

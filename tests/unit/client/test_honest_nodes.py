@@ -151,6 +151,15 @@ def test_nan_over_a_line_that_proves_nothing_is_held_against_the_expert() -> Non
         assert same_bits(world.swarm.expert("ffn.1")(X), X)
 
 
+def test_nan_of_one_expert_is_held_against_that_expert() -> None:
+    """Also where the sender is proven: it may have diverged, and its neighbours have not."""
+    with alice_who(only("ffn.0", lambda call: answer(call, torch.ones(2, 4) * math.nan))) as world:
+        fails(world, "ffn.0", 5, NonFiniteReplyError)
+        fails(world, "ffn.0", 1, ExpertNotFoundError)
+        assert world.swarm.trust.standing.verdict(ALICE_ID) == "last"
+        assert same_bits(world.swarm.expert("ffn.1")(X), X)
+
+
 def test_stray_frames_over_such_a_line_are_counted_and_held_against_nobody() -> None:
     with alice_who(lambda calls: [answer(calls[0], id="nobody"), *honest(calls)], "http") as world:
         for _ in range(4):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pmoe.client import standing as rules
-from p2pmoe.client.standing import Standing
+from p2pmoe.client.standing import HALF_LIFE_S, SEVERAL, Standing
 from p2pmoe.experts.directory import Provider
 from p2pmoe.types import Endpoint, PeerId
 
@@ -286,3 +286,25 @@ def test_experts_are_bounded_and_the_worst_are_kept(standing: Standing, monkeypa
         standing.note_experts(ALICE, [f"ffn.{index}"], "broken_reply")
     assert len(standing._experts) <= 16
     assert standing.verdict(BOB, "ffn.7") == "shunned"
+
+
+def test_numbers_of_one_expert_are_its_own_and_of_several_their_peers(standing: Standing, clock: Clock) -> None:
+    for _ in range(20):
+        standing.note_experts(ALICE, ["ffn.0"], "non_finite", is_proven=True)
+        standing.note_experts(ALICE, ["ffn.1"], "non_finite", is_proven=True)
+    assert standing.verdict(ALICE, "ffn.0") == "shunned"
+    assert (standing.verdict(ALICE), standing.verdict(ALICE, "ffn.2")) == ("last", "good")
+    for _ in range(20):
+        standing.note_experts(BOB, [f"ffn.{index}" for index in range(SEVERAL)], "non_finite")
+    assert standing.verdict(BOB, "ffn.9") == "good", "not proven"
+    clock.now += 2 * HALF_LIFE_S
+    standing.note_experts(ALICE, ["ffn.2"], "non_finite", is_proven=True)
+    assert standing.verdict(ALICE, "ffn.9") == "good", "the others are long ago"
+    for index in range(3):
+        standing.note_experts(ALICE, [f"ffn.{index}"], "non_finite", is_proven=True)
+    assert standing.verdict(ALICE, "ffn.9") == "last"
+    for _ in range(3):
+        standing.note_experts(ALICE, ["ffn.7", "ffn.8"], "non_finite", is_proven=True)
+    assert standing.verdict(ALICE, "ffn.9") == "shunned"
+    held = {each.peer_id: each.counts for each in standing.snapshot()}
+    assert held[ALICE] == {"non_finite": 47}, "once for each time"

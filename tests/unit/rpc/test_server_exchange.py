@@ -61,6 +61,9 @@ class FakeService:
     def expert(self, uid: str) -> dict[str, Any]:
         return {}
 
+    def serves(self, uid: str) -> bool:
+        return True
+
     async def ready(self) -> bool:
         return True
 
