@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from p2pmoe import BatchTensorProto as P
 from p2pmoe.errors import SchemaError
 from p2pmoe.protocol.nested import nested_flatten
-from p2pmoe.server.module_state import evaluating
+from p2pmoe.server.module_state import Evaluating
 
 
 class Call(nn.Module):
@@ -354,7 +354,7 @@ def test_scripted_dropout_follows_modes() -> None:
     backend = make_backend("ffn.0", module)
     assert backend.findings.draws == {"train"}
     x = torch.randn(8, 4)
-    with evaluating(list(module.modules())):
+    with Evaluating(list(module.modules())):
         evaluated = module(x)
     assert module.training
     assert same_bits(evaluated, module[0](x))
