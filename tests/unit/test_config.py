@@ -257,3 +257,19 @@ def test_every_list_of_texts_takes_one_text() -> None:
 
 def vars_of(config: NodeConfig) -> list[Any]:
     return [getattr(config, key) for key in config.__struct_fields__]
+
+
+def test_the_folder_of_checkpoints_is_a_path_like_any_other(tmp_path: Path) -> None:
+    text = '[state]\npath = "kept"\n[experts]\nfresh = "never"\n'
+    config = NodeConfig.parse(text, folder=tmp_path)
+    assert config.state.path == str(tmp_path / "kept")
+    assert (config.state.keep, config.state.every_s, config.state.every_updates) == (2, 10.0, 50)
+    assert config.experts.fresh == "never"
+    assert NodeConfig.from_tree({"state": {"path": "~/kept"}}).state.path == str(Path.home() / "kept")
+    assert NodeConfig().state.path is None
+    with pytest.raises(ConfigError, match=r"state.keep: expected `int` >= 2"):
+        NodeConfig.from_tree({"state": {"keep": 1}})
+    with pytest.raises(ConfigError, match=r"experts.fresh: invalid enum value 'maybe'"):
+        NodeConfig.from_tree({"experts": {"fresh": "maybe"}})
+    with pytest.raises(ConfigError, match=r"identity_path and state.path are the same file"):
+        NodeConfig.from_tree({"identity_path": "a", "state": {"path": "a"}})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ import torch
 from swarm_kit import WAIT_S, make_backend
 
 import p2pmoe
+from p2pmoe import forks
 from p2pmoe.config import StateConfig
 from p2pmoe.errors import ConfigError, StateError
 from p2pmoe.server import state_files
@@ -249,3 +252,35 @@ async def test_a_read_only_folder_is_said_and_gone_on_from(
 
 def test_tasks_carry_the_id_of_their_call() -> None:
     assert Task((), 0, None, 0.0, None, call_id="a").call_id == "a"  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not forks.CAN_FORK, reason="this system does not fork")
+def test_a_forked_child_leaves_the_folder_to_its_parent(tmp_path: Path) -> None:
+    code = f"""
+import os, sys, warnings
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+import torch
+from swarm_kit import make_backend
+import p2pmoe
+from p2pmoe import forks
+from p2pmoe.config import StateConfig
+from p2pmoe.node import background_node
+warnings.simplefilter("ignore")
+backend = make_backend("ffn.1")
+with background_node(p2pmoe.NodeConfig(state=StateConfig(path={str(tmp_path)!r})), [backend]) as node:
+    child = os.fork()
+    if not child:
+        sys.exit(0)  # everything that it inherited is finalized
+    assert os.waitpid(child, 0)[1] == 0
+    backend.backward(torch.ones(1, 4), torch.ones(1, 4))
+    node.handlers.on_applied("ffn.1", [])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=40)
+    folder = StateFolder(tmp_path)
+    folder.open()
+    try:
+        assert [entry.updates for entry in folder.entries] == [1]
+        assert folder.check(folder.entries[0]) is None
+    finally:
+        folder.close()
