@@ -1,4 +1,4 @@
-"""How users write paths and what their editors put into text files. Opens nothing, knows nothing of what is in them.
+"""How users write paths and what their editors put into text files. Knows nothing of what is in them.
 
 The one rule of relative paths: what a node.toml names lies beside that node.toml; what a variable, a flag or Python
 code names lies in the working directory. `~` is the home folder everywhere.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import os
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from p2pmoe.errors import ConfigError
 
@@ -40,6 +40,15 @@ def beside(folder: Path, path: str) -> str:
     if not path or path.startswith("~") or Path(path).is_absolute():
         return path
     return str(folder / path)
+
+
+def open_at_once(path: Path) -> BinaryIO:
+    """A file to read. Where it is a pipe that nobody writes to, it is empty: `open` would wait for ever."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    return open(path, "rb", opener=opener)
 
 
 def without_mark(content: bytes) -> bytes:

@@ -119,9 +119,11 @@ class _View:
                 f"nobody serves an expert in swarm {self._swarm_id}; a node with experts: p2pmoe node --experts "
                 f"'ffn.[0:4].[0:4]' --initial-peers HOST:PORT"
             )
+        wider = f"{UidPattern.parse(self._pattern).name}.*"
+        of_name = f"for everything of that name with `p2pmoe lookup '{wider}'`, or "
         return (
-            f"no live expert matches {self._pattern}; it may have expired a moment ago: look for everything of that "
-            f"name with `p2pmoe lookup '{UidPattern.parse(self._pattern).name}.*'`, or for all with `p2pmoe lookup`"
+            f"no live expert matches {self._pattern}; it may have expired a moment ago: look "
+            f"{'' if self._pattern == wider else of_name}for all with `p2pmoe lookup`"
         )
 
 

@@ -227,7 +227,7 @@ async def _introduce(node: Node, *, as_json: bool) -> None:
         logger.info("%s", explanation)
     try:
         if as_json:
-            print_json(_describe(node, line))
+            print_json(describe(node, line))
         else:
             typer.echo(line)
     except OSError as error:
@@ -235,11 +235,13 @@ async def _introduce(node: Node, *, as_json: bool) -> None:
         logger.warning("nobody takes standard output: %s; others join with: %s", error.strerror, line)
 
 
-def _describe(node: Node, line: str) -> dict[str, Any]:
+def describe(node: Node, line: str) -> dict[str, Any]:
+    """What `--json` prints of a node that has started."""
     return {
         "peer_id": node.peer_id,
         "dht_address": node.dht_address,
         "endpoint": node.endpoint.url,
         "experts": [backend.name for backend in node.backends],
+        "waiting": [] if node.announcer is None else node.announcer.waiting,  # somebody else serves them
         "join": line,
     }

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from p2pmoe.errors import EncodeError
+from p2pmoe.files import open_at_once
 from p2pmoe.protocol.datagrams import Address, is_link_local, pack_address, unpack_address
 
 MAX_STATE_BYTES: Final = 256 * 1024
@@ -34,8 +35,8 @@ def read_state(path: Path, *, max_sequence: int = 2**62) -> SavedState | None:
     still meanwhile. A sequence above `max_sequence` counts as none: peers refuse records from so far ahead.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_STATE_BYTES + 1)
+        with open_at_once(path) as file:
+            content = file.read(MAX_STATE_BYTES + 1) or b""  # None of a pipe
         state = _decoder.decode(content) if len(content) <= MAX_STATE_BYTES else None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from p2pmoe.errors import IdentityError
-from p2pmoe.files import without_mark
+from p2pmoe.files import open_at_once, without_mark
 
 MAX_KEY_FILE_BYTES: Final = 4096
 
@@ -31,7 +31,7 @@ def exists(path: Path) -> bool:
 def read_private_file(path: Path, remedy: str = "start a node once to make it, or give another path") -> bytes:
     """What is in it, without a byte order mark, up to one byte over the limit. Raises IdentityError."""
     try:
-        with path.open("rb") as file:
+        with open_at_once(path) as file:
             status = os.fstat(file.fileno())
             mode = status.st_mode
             if not stat.S_ISREG(mode):

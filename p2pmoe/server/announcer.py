@@ -89,7 +89,8 @@ class Announcer:
             async with asyncio.timeout(timeout_s):
                 await self._directory.withdraw(list(self._schemas) if self._watch is None else self._watch.announced)
         except (P2PMoEError, TimeoutError) as error:
-            logger.info("could not withdraw %d experts: %s; their records expire", len(self._schemas), error)
+            why = str(error) or f"no answer within {timeout_s:.0f} s"  # a TimeoutError has no text
+            logger.info("could not withdraw %d experts: %s; their records expire", len(self._schemas), why)
 
     async def _refresh(self, declared: bool) -> None:
         while True:

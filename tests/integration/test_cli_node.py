@@ -44,7 +44,7 @@ def hold_a_request(endpoint: str) -> socket.socket:
 def test_the_first_signal_drains_and_the_second_leaves_at_once() -> None:
     with Command("node", "--experts", "ffn.0", "--hidden-dim", "8", "--json", "--log-format", "json") as node:
         description = json.loads(node.stdout.next())
-        assert set(description) == {"peer_id", "dht_address", "endpoint", "experts", "join"}
+        assert set(description) == {"peer_id", "dht_address", "endpoint", "experts", "waiting", "join"}
         assert description["experts"] == ["ffn.0"]
         line = f"p2pmoe node --initial-peers {description['dht_address']} --experts ffn.1 --hidden-dim 8"
         assert description["join"] == line
@@ -83,6 +83,7 @@ def test_the_line_that_a_node_prints_starts_another_with_experts_that_nobody_has
         with Command(*words[1:], "--json") as second:
             description = json.loads(second.stdout.next())
             assert description["experts"] == ["ffn.2.0", "ffn.2.1", "ffn.3.0", "ffn.3.1"]
+            assert description["waiting"] == []
             third = shlex.split(description["join"])
             assert third[4:] == ["--experts", "ffn.[4:6].[0:2]", "--hidden-dim", "8"]
         said = first.stderr.wait_for("heartbeat: in the last")

@@ -101,7 +101,10 @@ def test_the_three_terminals_run_as_printed() -> None:
 
         code, _, err = run_command(*[word.replace("ffn.3", "nobody") for word in lookup_line])
         assert code == 7
-        assert err.startswith("error: no live expert matches nobody.*")
+        assert err == (
+            "error: no live expert matches nobody.*; it may have expired a moment ago: look for all with "
+            "`p2pmoe lookup`\n"
+        )
 
         with Command(*lookup_line, "--json", "--watch", "--every", "0.1") as watch:
             assert len(json.loads(watch.stdout.next())) == 4

@@ -14,6 +14,7 @@ import torch
 from swarm_kit import make_backend, until
 
 import p2pmoe
+from p2pmoe.cli.node import describe
 from p2pmoe.errors import PeerUnreachableError
 from p2pmoe.server import announcer
 
@@ -58,6 +59,7 @@ async def test_the_newcomer_waits_and_takes_over(nodes: AsyncExitStack, caplog: 
     await alice.start()
     nodes.push_async_callback(alice.close)
     bob = await nodes.enter_async_context(make_node(hub.dht_address, *UIDS, "ffn.1.0"))
+    assert describe(bob, "")["waiting"] == list(UIDS)
     assert announcer_of(bob).waiting == list(UIDS)
     assert await providers(hub) == {"ffn.0.0": 1, "ffn.0.1": 1, "ffn.1.0": 1}
     said = [line for line in caplog.messages if "2 of 3 experts wait" in line]

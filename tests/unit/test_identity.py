@@ -6,11 +6,13 @@ import copy
 import os
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pmoe.dht.state_file import read_state
 from p2pmoe.errors import BadSignatureError, IdentityError
 from p2pmoe.identity import Identity, node_id_of, peer_id_of, verify
 
@@ -239,3 +241,12 @@ def test_save_never_overwrites(tmp_path):
 def test_a_seed_has_32_bytes():
     with pytest.raises(IdentityError):
         Identity.from_seed(b"short")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_that_nobody_writes_to_is_no_key_file_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "key.pem"
+    os.mkfifo(path, 0o600)
+    with pytest.raises(IdentityError, match=r"key\.pem is no regular file"):
+        Identity.load(path)
+    assert read_state(path) is None
