@@ -18,6 +18,8 @@ _MARKS: Final = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+for _, _encoding in _MARKS:
+    codecs.lookup(_encoding)  # its module is imported now, not by what stands in somebody's file
 
 
 def expand_home(path: str) -> str:

@@ -33,12 +33,21 @@ class Reply:
     @property
     def frames(self) -> list[dict[str, Any]]:
         """The headers of the frames in the body."""
-        headers, rest = [], self.body
+        return [header for header, _ in self._parts()]
+
+    @property
+    def answers(self) -> list[tuple[dict[str, Any], bytes]]:
+        """Headers and tensors, without the expert's age, which goes on between a call and its repetition."""
+        return [({**header, "parameters": None}, body) for header, body in self._parts()]
+
+    def _parts(self) -> list[tuple[dict[str, Any], bytes]]:
+        parts, rest = [], self.body
         while rest:
             header_bytes, body_bytes = PREFIX.unpack_from(rest)
-            headers.append(json.loads(rest[8 : 8 + header_bytes]))
-            rest = rest[8 + header_bytes + body_bytes :]
-        return headers
+            body_at = 8 + header_bytes
+            parts.append((json.loads(rest[8:body_at]), rest[body_at : body_at + body_bytes]))
+            rest = rest[body_at + body_bytes :]
+        return parts
 
     @property
     def seen_frames(self) -> str:

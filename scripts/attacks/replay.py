@@ -42,7 +42,7 @@ async def replay_changed_gradient(ctx: Context) -> str:
     second = await ctx.exchange(ctx.call(victim, "backward", call_id=call_id, value=5.0))
     if await ctx.update_count(victim) != before:
         return "applied"
-    return "first answer" if second.body == first.body else second.seen_frames
+    return "first answer" if second.answers == first.answers else second.seen_frames
 
 
 @attack("replay_expired", expects="0 updates", per_s=5)

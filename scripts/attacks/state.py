@@ -51,7 +51,7 @@ class State:
         self._memory: int | None = None
         self._files: int | None = None
         self._log_at = 0
-        self._replay: tuple[str, bytes, bytes, float] | None = None
+        self._replay: tuple[str, bytes, list[tuple[dict[str, Any], bytes]], float] | None = None
 
     async def remember(self, client: HonestClient, ctx: Context) -> None:
         """Take the quiet values."""
@@ -122,7 +122,7 @@ class State:
         if reply.seen_frames != "frame 200":
             raise RuntimeError(f"a right backward call was answered {reply.seen_frames}")
         self._updates[self._uids["victim"]] = await ctx.update_count(self._uids["victim"])
-        self._replay = call_id, call, reply.body, time.monotonic()
+        self._replay = call_id, call, reply.answers, time.monotonic()
 
     async def _lost_replay(self, ctx: Context) -> list[str]:
         """A backward call of before, sent again: the first answer, and no second update."""
@@ -131,7 +131,7 @@ class State:
         before = await ctx.update_count(self._uids["victim"])
         reply = await ctx.exchange(call)
         lost = []
-        if reply.body != answer:
+        if reply.answers != answer:
             lost.append(f"a repeated backward call was answered {reply.seen_frames}, not as the first time")
         if await ctx.update_count(self._uids["victim"]) != before:
             lost.append("a repeated backward call was applied again")

@@ -153,7 +153,8 @@ class AnsweredExchange:
             response.content_length = sum(frame.nbytes for frame in frames)
         elif self._request.version == HttpVersion11:
             response.enable_chunked_encoding()
-        # Another caller knows the end of the answer by that of the connection.
+        else:
+            response.force_close()  # an older caller knows the end of the answer by that of the connection
         await response.prepare(self._request)
         return response
 
