@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import random
 import shutil
@@ -37,6 +38,16 @@ def seed(record_property: pytest.RecordProperty) -> int:
     np.random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """A command that a test runs in this process sets levels; the next test's log must not hang on them."""
+    loggers = [logging.getLogger(name) for name in (None, "p2pmoe")]
+    before = [each.level for each in loggers]
+    yield
+    for each, level in zip(loggers, before, strict=True):
+        each.setLevel(level)
 
 
 @pytest.fixture
