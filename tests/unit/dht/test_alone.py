@@ -131,8 +131,9 @@ async def test_who_loses_everybody_says_so_once_not_in_every_round(make_node, ca
     alice = await make_node("alice")
     bob = await make_node("bob", initial_peers=(alice.dht_address,))
     await alice.aclose()
-    bob.server.table.remove_contact(bob.server.table.get(alice.identity.node_id))
     for _ in range(3):
+        if (late := bob.server.table.get(alice.identity.node_id)) is not None:  # her last datagram brings her back
+            bob.server.table.remove_contact(late)
         await bob.call(bob.membership.maintain)
     assert [level for level, _ in said(caplog)] == ["WARNING"]
     with pytest.raises(BootstrapError):
