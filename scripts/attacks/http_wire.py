@@ -37,8 +37,11 @@ class Reply:
 
     @property
     def answers(self) -> list[tuple[dict[str, Any], bytes]]:
-        """Headers and tensors, without the expert's age, which goes on between a call and its repetition."""
-        return [({**header, "parameters": None}, body) for header, body in self._parts()]
+        """Headers and tensors, without the expert's updates, which go on between a call and its repetition."""
+        parts = self._parts()
+        for header, _ in parts:
+            header.get("parameters", {}).pop("updates", None)
+        return parts
 
     def _parts(self) -> list[tuple[dict[str, Any], bytes]]:
         parts, rest = [], self.body

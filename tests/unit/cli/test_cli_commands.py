@@ -37,16 +37,14 @@ def _a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "PASSIVE"))
-    root, ours = logging.getLogger(), logging.getLogger("p2pmoe")
-    handlers, levels = root.handlers[:], (root.level, ours.level)
+    root = logging.getLogger()  # its level and ours: see `log_levels` of all tests
+    handlers = root.handlers[:]
     on_sigterm, interval_s = signal.getsignal(signal.SIGTERM), sys.getswitchinterval()
     yield
     signal.signal(signal.SIGTERM, on_sigterm)
     sys.setswitchinterval(interval_s)
     logging.captureWarnings(capture=False)
     root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
 
 
 def test_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
